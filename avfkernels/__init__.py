@@ -1,0 +1,30 @@
+"""Exact, fused attention over pairwise interactions of two token streams.
+
+Ops: `pair_attention`, `latent_attention`, `prefix_attention`. Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`.
+`python -m avfkernels` shows what runs on this machine and why; `backend(name)` overrides the choice.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from avfkernels import _ops  # noqa: F401  registers torch.ops.avfkernels
+from avfkernels._backends import backend, materialises
+from avfkernels.latent_attention import latent_attention
+from avfkernels.nn import DenseFusion, FactorizedFusion, TokenFusion
+from avfkernels.pair_attention import pair_attention
+from avfkernels.prefix_attention import prefix_attention
+
+try:
+    __version__ = version("avfusion")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "unknown"
+
+__all__ = [
+    "DenseFusion",
+    "FactorizedFusion",
+    "TokenFusion",
+    "backend",
+    "latent_attention",
+    "materialises",
+    "pair_attention",
+    "prefix_attention",
+]

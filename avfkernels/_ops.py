@@ -1,0 +1,100 @@
+"""The registration table: every op's schema, its backends, and what torch needs to trace and differentiate it.
+
+`avfkernels::pair_attention`, `latent_attention` and `prefix_attention` are composite: their Python body picks a
+backend and is traced through, so autograd, fake tensors, torch.compile and export need nothing else. A fused backend is an op
+of its own behind them (`avfkernels::pair_attention_cpu`), with a fake and an autograd formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from avfkernels import _backends
+from avfkernels._backends import Backend
+from avfkernels.latent_attention import eager as latent_eager
+from avfkernels.latent_attention import reference as latent_reference
+from avfkernels.pair_attention import cpu as pair_cpu
+from avfkernels.pair_attention import eager as pair_eager
+from avfkernels.pair_attention import reference as pair_reference
+from avfkernels.prefix_attention import eager as prefix_eager
+from avfkernels.prefix_attention import reference as prefix_reference
+
+SCHEMAS = {
+    "pair_attention": (
+        "(Tensor q, Tensor k1, Tensor v1, Tensor k2, Tensor v2, *, float scale, str interaction='sum', "
+        "Tensor? mask1=None, Tensor? mask2=None, bool return_lse=False) -> (Tensor out, Tensor lse)"
+    ),
+    "latent_attention": (
+        "(Tensor q, Tensor x, *, float scale, Tensor? mask=None, bool return_lse=False) -> (Tensor out, Tensor lse)"
+    ),
+    "prefix_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor k_prefix, Tensor v_prefix, *, float scale) -> Tensor"
+    ),
+}
+
+BACKENDS: dict[str, dict[str, Backend]] = {
+    "pair_attention": {
+        "reference": Backend(pair_reference.forward, pair_reference.why_not),
+        "eager": Backend(pair_eager.forward, pair_eager.why_not),
+        "cpu": Backend(pair_cpu.forward, pair_cpu.why_not, pair_cpu.is_faster),
+    },
+    "latent_attention": {
+        "reference": Backend(latent_reference.forward, latent_reference.why_not),
+        "eager": Backend(latent_eager.forward, latent_eager.why_not),
+    },
+    "prefix_attention": {
+        "reference": Backend(prefix_reference.forward, prefix_reference.why_not),
+        "eager": Backend(prefix_eager.forward, prefix_eager.why_not),
+    },
+}
+
+_library = torch.library.Library("avfkernels", "DEF")
+
+
+def _autocast(arguments: dict) -> None:
+    """Casts as torch's own attention does under autocast: float tensors other than float64 go to the autocast dtype."""
+    device = arguments["q"].device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+                arguments[name] = value.to(dtype)
+
+
+def _define(op: str, schema: str) -> None:
+    signature = inspect.Signature(
+        [
+            inspect.Parameter(argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=argument.default_value)
+            for argument in torch._C.parse_schema(op + schema).arguments
+        ]
+    )
+
+    def composite(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        arguments = arguments.arguments
+        _autocast(arguments)
+        chosen = _backends.select(op, BACKENDS[op], arguments)
+        with torch.autocast(arguments["q"].device.type, enabled=False):
+            return chosen.forward(**arguments)
+
+    _library.define(op + schema)
+    _library.impl(op, composite, "CompositeImplicitAutograd")
+
+
+def _define_fused(module, key: str) -> None:
+    """A fused backend: `module` holds SCHEMA, kernel, fake, setup_context and backward; `key` is its dispatch key."""
+    name = module.SCHEMA.split("(")[0]
+    _library.define(module.SCHEMA)
+    _library.impl(name, module.kernel, key)
+    torch.library.register_fake(f"avfkernels::{name}", module.fake, lib=_library)
+    torch.library.register_autograd(
+        f"avfkernels::{name}", module.backward, setup_context=module.setup_context, lib=_library
+    )
+
+
+for _op, _schema in SCHEMAS.items():
+    _define(_op, _schema)
+_define_fused(pair_cpu, "CPU")

@@ -1,0 +1,399 @@
+"""The three fusion blocks of DeepAVFusion: drop-in modules with the state-dict keys and the numbers of the release.
+
+Every block reads the patch tokens of both modalities and updates the fusion tokens:
+
+    x = LN(x_fusion);  x = x + attn(x, LN(x_visual), LN(x_audio));  x = x + mlp(LN(x))
+
+The residual is added to the *normalised* tokens, and LayerNorm's eps is 1e-5, as in the release. The attention runs by the
+exact rewrites R1 (pairs separate) and R2 (projections move to the queries). It materialises the pairs, as the paper's
+equations read, on two occasions: `with avfkernels.backend("reference")`, and in training with attention dropout, which
+no identity separates.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avfkernels._backends import materialises
+from avfkernels._math import masked_softmax
+from avfkernels.latent_attention import latent_attention
+from avfkernels.pair_attention import INTERACTIONS, pair_attention
+from avfkernels.pair_attention import reference as pair_reference
+from avfkernels.prefix_attention import prefix_attention
+
+_noticed_dropout = False
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, N, H * d] -> [B, H, N, d], a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _key_value_heads(kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """[B, N, 2 * H * d] -> k, v [B, H, N, d], views of the packed projection."""
+    k, v = kv.chunk(2, dim=-1)
+    return _heads(k, num_heads), _heads(v, num_heads)
+
+
+def _pairs(first: Tensor, second: Tensor) -> Tensor:
+    """[B, N1, D], [B, N2, D] -> [B, N1 * N2, 2D]: every pair, concatenated."""
+    n1, n2 = first.shape[1], second.shape[1]
+    first = first.unsqueeze(2).expand(-1, -1, n2, -1)
+    second = second.unsqueeze(1).expand(-1, n1, -1, -1)
+    return torch.cat((first, second), dim=3).flatten(1, 2)
+
+
+def _softmax_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return masked_softmax(q @ k.transpose(-2, -1) * scale, None, False)[0]
+
+
+def _marginals(q: Tensor, k1: Tensor, k2: Tensor, scale: float, interaction: str) -> tuple[Tensor, Tensor]:
+    """The two marginals [B, H, F, N1], [B, H, F, N2] of the attention over pairs; for sums, their outer product is all of it."""
+    if interaction == "sum":
+        return _softmax_weights(q, k1, scale), _softmax_weights(q, k2, scale)
+    scores = (q.unsqueeze(3) * k1.unsqueeze(2)) @ k2.unsqueeze(2).transpose(-2, -1) * scale  # [B, H, F, N1, N2]
+    joint = masked_softmax(scores.flatten(3), None, False)[0].view_as(scores)
+    return joint.sum(4), joint.sum(3)
+
+
+class _Attention(nn.Module):
+    """What the attentions of the three blocks share: sizes, dropout, and when to materialise."""
+
+    def __init__(self, dim: int, num_heads: int, attn_ratio: float, attn_drop: float, drop: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_dim = int(dim * attn_ratio)
+        if dim % num_heads or self.attn_dim % num_heads or self.attn_dim < num_heads:
+            raise ValueError(
+                f"{type(self).__name__}: dim = {dim} and int(dim * attn_ratio) = {self.attn_dim} must be positive "
+                f"multiples of num_heads = {num_heads}"
+            )
+        self.scale = (dim // num_heads) ** -0.5  # of the full width, though queries and keys are narrower
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(drop)
+
+    def dropout_p(self) -> float:
+        return self.attn_drop if self.training else 0.0
+
+    def materialises(self) -> bool:
+        global _noticed_dropout
+        dropping = self.dropout_p() > 0.0
+        if dropping and not _noticed_dropout and not torch.compiler.is_compiling():
+            _noticed_dropout = True
+            warnings.warn(
+                f"attention dropout {self.attn_drop} in training: dropped pair weights do not separate, so every pair is "
+                "held in memory (exact, slow). Use attn_drop=0, with drop_path or drop instead, for the fast path.",
+                stacklevel=3,
+            )
+        return dropping or materialises()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Ordinary attention with its weights in memory and dropped: the materialising path."""
+        return F.dropout(_softmax_weights(q, k, self.scale), self.dropout_p()) @ v
+
+    def project(self, out: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class TokenAttention(_Attention):
+    """Fusion tokens attend to the concatenation of both modalities' tokens; no interactions (the MBT-style baseline)."""
+
+    def __init__(self, dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, **factory):
+        super().__init__(dim, num_heads, attn_ratio, attn_drop, drop)
+        self.scale = (self.attn_dim // num_heads) ** -0.5  # here the release scales by the narrow width
+        self.q = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory)
+        self.kv = nn.Linear(dim, 2 * self.attn_dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(self.attn_dim, dim, **factory)
+
+    def forward(self, x, x_visual, x_audio, return_attention=False):
+        q = _heads(self.q(x), self.num_heads)
+        k_v, v_v = _key_value_heads(self.kv(x_visual), self.num_heads)
+        k_a, v_a = _key_value_heads(self.kv(x_audio), self.num_heads)
+        if self.materialises():
+            out = self.attend(q, torch.cat((k_v, k_a), dim=2), torch.cat((v_v, v_a), dim=2))
+        else:
+            out = prefix_attention(q, k_a, v_a, k_v, v_v, scale=self.scale)
+        out = self.project(out)
+        if not return_attention:
+            return out
+        beta, alpha = _softmax_weights(q, torch.cat((k_v, k_a), 2), self.scale).split((k_v.shape[2], k_a.shape[2]), 3)
+        return out, alpha, beta
+
+
+class DenseAttention(_Attention):
+    """Fusion tokens attend to the interactions of all audio x visual pairs (Eqs. 4-6)."""
+
+    def __init__(self, dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, interaction, **factory):
+        super().__init__(dim, num_heads, attn_ratio, attn_drop, drop)
+        if interaction not in INTERACTIONS:
+            raise ValueError(f"DenseFusion: interaction must be one of {INTERACTIONS}, got {interaction!r}")
+        self.interaction = interaction
+        self.q = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory)
+        self.kv = nn.Linear(2 * dim, 2 * self.attn_dim, bias=qkv_bias, **factory)  # of [audio ; visual]
+        self.proj = nn.Linear(self.attn_dim, dim, **factory)
+
+    def forward(self, x, x_visual, x_audio, return_attention=False):
+        q = _heads(self.q(x), self.num_heads)
+        product = self.interaction == "product"
+        if self.materialises() and not product and not return_attention:
+            k, v = _key_value_heads(self.kv(_pairs(x_audio, x_visual)), self.num_heads)
+            return self.project(self.attend(q, k, v))
+
+        # W [x_a ; x_v] + b = W_a x_a + (W_v x_v + b). A product takes the bias on both factors.
+        w_audio, w_visual = self.kv.weight.chunk(2, dim=1)
+        kv_audio = F.linear(x_audio, w_audio, self.kv.bias if product else None)
+        k_a, v_a = _key_value_heads(kv_audio, self.num_heads)
+        k_v, v_v = _key_value_heads(F.linear(x_visual, w_visual, self.kv.bias), self.num_heads)
+        if self.materialises():
+            out, _ = pair_reference.forward(
+                q, k_a, v_a, k_v, v_v, scale=self.scale, interaction=self.interaction,
+                mask1=None, mask2=None, return_lse=False, dropout_p=self.dropout_p(),
+            )  # fmt: skip
+        else:
+            out = pair_attention(q, k_a, v_a, k_v, v_v, scale=self.scale, interaction=self.interaction)
+        out = self.project(out)
+        if not return_attention:
+            return out
+        return out, *_marginals(q, k_a, k_v, self.scale, self.interaction)
+
+
+class LatentCrossAttention(_Attention):
+    """A few latent tokens aggregate the tokens of one modality by full-width cross-attention (Eqs. 7-8)."""
+
+    def __init__(self, dim, num_heads, qkv_bias, attn_drop, drop, **factory):
+        super().__init__(dim, num_heads, 1.0, attn_drop, drop)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+
+    def absorbs(self, latents: int, tokens: int) -> bool:
+        """Whether moving the projections to the latents (R2) takes fewer FLOP than projecting every token."""
+        dim, heads = self.q.in_features, self.num_heads
+        return latents * (heads * tokens + dim) < tokens * (dim + latents)
+
+    def forward(self, latents, x, return_attention=False):
+        """latents [B, m, D], x [B, N, D] -> [B, m, D] (, weights [B, H, m, N])."""
+        q = _heads(self.q(latents), self.num_heads)  # [B, H, m, d]
+        materialises = self.materialises()
+        if materialises or not self.absorbs(latents.shape[1], x.shape[1]):
+            k, v = _key_value_heads(self.kv(x), self.num_heads)
+            if materialises:
+                out = self.attend(q, k, v)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            weights = _softmax_weights(q, k, self.scale) if return_attention else None
+        else:
+            # k_n = W_k x_n + b_k: q . b_k is the same for every n and leaves the softmax; W_k^T q meets x itself.
+            # v_n = W_v x_n + b_v: the weights sum to 1, so W_v and b_v act once, on the attended mean of x.
+            w_k, w_v = self.kv.weight.unflatten(0, (2, self.num_heads, -1)).unbind(0)  # [H, d, D]
+            q = torch.einsum("bhmd,hde->bhme", q, w_k)  # [B, H, m, D]
+            context = latent_attention(q.flatten(1, 2), x, scale=self.scale).view_as(q)
+            out = torch.einsum("bhme,hde->bhmd", context, w_v)
+            if self.kv.bias is not None:
+                out = out + self.kv.bias.unflatten(0, (2, self.num_heads, 1, -1))[1]
+            weights = _softmax_weights(q, x.unsqueeze(1), self.scale) if return_attention else None
+        out = self.project(out)
+        return (out, weights) if return_attention else out
+
+
+class FactorizedAttention(_Attention):
+    """Each modality is aggregated into a few tokens, and the fusion tokens attend to all pairs of those (Eqs. 7-11)."""
+
+    def __init__(self, dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, fusion_tkns, **factory):
+        super().__init__(dim, num_heads, attn_ratio, attn_drop, drop)
+        self.fusion_tkns = tuple(fusion_tkns)
+        self.attn_v = LatentCrossAttention(dim, num_heads, qkv_bias, attn_drop, drop, **factory)
+        self.attn_a = LatentCrossAttention(dim, num_heads, qkv_bias, attn_drop, drop, **factory)
+        self.q = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory)
+        self.k = nn.Linear(2 * dim, self.attn_dim, bias=qkv_bias, **factory)  # of [visual ; audio]
+        self.v = nn.Linear(2 * dim, dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, **factory)
+
+    def forward(self, x, x_visual, x_audio, return_attention=False):
+        x, agg_v, agg_a = x.split(self.fusion_tkns, dim=1)
+        if return_attention:
+            agg_v, weights_v = self.attn_v(agg_v, x_visual, return_attention=True)
+            agg_a, weights_a = self.attn_a(agg_a, x_audio, return_attention=True)
+        else:
+            agg_v, agg_a = self.attn_v(agg_v, x_visual), self.attn_a(agg_a, x_audio)
+
+        q = _heads(self.q(x), self.num_heads)
+        if self.materialises() and not return_attention:
+            pairs = _pairs(agg_v, agg_a)
+            out = self.attend(q, _heads(self.k(pairs), self.num_heads), _heads(self.v(pairs), self.num_heads))
+            return torch.cat((self.project(out), agg_v, agg_a), dim=1)
+
+        (wk_v, wk_a), (wv_v, wv_a) = self.k.weight.chunk(2, dim=1), self.v.weight.chunk(2, dim=1)
+        k_v, v_v = _heads(F.linear(agg_v, wk_v), self.num_heads), _heads(F.linear(agg_v, wv_v), self.num_heads)
+        k_a = _heads(F.linear(agg_a, wk_a, self.k.bias), self.num_heads)
+        v_a = _heads(F.linear(agg_a, wv_a, self.v.bias), self.num_heads)
+        if self.materialises():
+            out, _ = pair_reference.forward(
+                q, k_v, v_v, k_a, v_a, scale=self.scale, interaction="sum",
+                mask1=None, mask2=None, return_lse=False, dropout_p=self.dropout_p(),
+            )  # fmt: skip
+        else:
+            out = pair_attention(q, k_v, v_v, k_a, v_a, scale=self.scale)
+        out = torch.cat((self.project(out), agg_v, agg_a), dim=1)
+        if not return_attention:
+            return out
+        # From fusion tokens over aggregates to patches. The heads of the aggregation are mixed by its output
+        # projection before the pairs see them, so their mean is taken.
+        beta, alpha = _marginals(q, k_v, k_a, self.scale, "sum")
+        return out, alpha @ weights_a.mean(1, keepdim=True), beta @ weights_v.mean(1, keepdim=True)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int, drop: float, **factory):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim, **factory)
+        self.fc2 = nn.Linear(hidden_dim, dim, **factory)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class FusionBlock(nn.Module):
+    """Norms, residuals and MLP around one of the attentions; see the module's docstring."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float, **factory):
+        super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"{type(self).__name__}: drop_path must be in [0, 1), got {drop_path}")
+        self.norm1_mm = nn.LayerNorm(dim, **factory)
+        self.norm1_aud = nn.LayerNorm(dim, **factory)
+        self.norm1_img = nn.LayerNorm(dim, **factory)
+        self.attn = attn
+        self.drop_path_p = drop_path
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, **factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases, as in the release."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def drop_path(self, x: Tensor) -> Tensor:
+        """Stochastic depth: the residual of a whole sample is dropped, the others are scaled up."""
+        if self.drop_path_p == 0.0 or not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1.0 - self.drop_path_p)
+        return x * keep / (1.0 - self.drop_path_p)
+
+    def normalise(self, x_visual: Tensor, x_audio: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm1_img(x_visual), self.norm1_aud(x_audio)
+
+    def forward(self, x_fusion: Tensor, x_visual: Tensor, x_audio: Tensor, return_attention: bool = False):
+        """x_fusion [B, F, D], x_visual [B, n_v, D], x_audio [B, n_a, D] -> x_fusion [B, F, D].
+
+        With `return_attention`, also the marginal attention maps: alpha [B, H, F, n_a] over audio tokens and beta
+        [B, H, F, n_v] over visual tokens, each a distribution (for `TokenFusion` the two together are one). Of
+        `FactorizedFusion` only the first `fusion_tkns[0]` tokens attend to pairs; F is their number in the maps, and the
+        maps are carried through the aggregation to the patches (head-averaged there).
+
+        Raises ValueError, naming the argument, if a shape does not fit.
+        """
+        self._check(x_fusion, x_visual, x_audio)
+        x = self.norm1_mm(x_fusion)
+        out = self.attn(x, *self.normalise(x_visual, x_audio), return_attention)
+        out, *maps = out if return_attention else (out,)
+        x = x + self.drop_path(out)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return (x, *maps) if return_attention else x
+
+    def _check(self, x_fusion, x_visual, x_audio):
+        dim = self.norm2.normalized_shape[0]
+        for name, x in (("x_fusion", x_fusion), ("x_visual", x_visual), ("x_audio", x_audio)):
+            if x.ndim != 3 or x.shape[2] != dim or x.shape[0] != x_fusion.shape[0]:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must have shape [B, N, {dim}] with one B for all, "
+                    f"got {list(x.shape)} (x_fusion {list(x_fusion.shape)})"
+                )
+
+
+class TokenFusion(FusionBlock):
+    """Plain cross-attention over [x_visual ; x_audio]: fusion without interactions.
+
+    Args and shapes as `FactorizedFusion`, without `fusion_tkns`; any number of fusion tokens.
+    """
+
+    def __init__(
+        self, dim, num_heads, attn_ratio=0.25, mlp_ratio=1.0, qkv_bias=True,
+        drop=0.0, attn_drop=0.0, drop_path=0.0, device=None, dtype=None,
+    ):  # fmt: skip
+        factory = {"device": device, "dtype": dtype}
+        attn = TokenAttention(dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, **factory)
+        super().__init__(dim, attn, mlp_ratio, drop, drop_path, **factory)
+
+    def normalise(self, x_visual, x_audio):
+        return self.norm1_aud(x_visual), self.norm1_img(x_audio)  # swapped in the release, and so in its checkpoints
+
+
+class DenseFusion(FusionBlock):
+    r"""Fusion tokens attend to all n_a x n_v interactions W_a x_a[i] + W_v x_v[j] (Eqs. 4-6), at O(n_a + n_v) by R1.
+
+    Args and shapes as `FactorizedFusion`, without `fusion_tkns`; any number of fusion tokens.
+        interaction: "sum", or "product" for the multiplicative (W_a x_a[i] + b) * (W_v x_v[j] + b), the low-rank bilinear
+            form, which no identity separates: it holds all pairs in memory.
+    """
+
+    def __init__(
+        self, dim, num_heads, attn_ratio=0.25, mlp_ratio=1.0, qkv_bias=True, interaction="sum",
+        drop=0.0, attn_drop=0.0, drop_path=0.0, device=None, dtype=None,
+    ):  # fmt: skip
+        factory = {"device": device, "dtype": dtype}
+        attn = DenseAttention(dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, interaction, **factory)
+        super().__init__(dim, attn, mlp_ratio, drop, drop_path, **factory)
+
+
+class FactorizedFusion(FusionBlock):
+    r"""Each modality is aggregated into a few tokens; fusion tokens attend to all pairs of aggregates (Eqs. 7-11).
+
+    A drop-in for the block of the authors' release: same state-dict keys, same numbers. R2 aggregates without keys or values of
+    the patch tokens wherever that takes fewer FLOP, and R1 separates the pairs.
+
+    Args:
+        dim: width D of all tokens; num_heads: H; both D and int(D * attn_ratio) are multiples of H.
+        attn_ratio: width of the queries and keys that meet pairs, as a share of D.
+        mlp_ratio: hidden width of the MLP over D.
+        qkv_bias: biases on queries, keys and values.
+        fusion_tkns: how x_fusion splits, in order: fusion tokens, visual aggregates, audio aggregates.
+        drop, attn_drop, drop_path: dropout after projections, of attention weights (exact but slow: the pairs are held in
+            memory), and of whole residuals.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: sizes that do not divide, or an input whose shape does not fit.
+
+    Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017.
+    """
+
+    def __init__(
+        self, dim, num_heads, attn_ratio=0.25, mlp_ratio=1.0, qkv_bias=True, fusion_tkns=(16, 8, 8),
+        drop=0.0, attn_drop=0.0, drop_path=0.0, device=None, dtype=None,
+    ):  # fmt: skip
+        factory = {"device": device, "dtype": dtype}
+        if len(fusion_tkns) != 3 or min(fusion_tkns) < 1:
+            raise ValueError(
+                "FactorizedFusion: fusion_tkns must be three positive counts (fusion, visual aggregates, audio "
+                f"aggregates), got {fusion_tkns}"
+            )
+        attn = FactorizedAttention(dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, fusion_tkns, **factory)
+        super().__init__(dim, attn, mlp_ratio, drop, drop_path, **factory)
+
+    def _check(self, x_fusion, x_visual, x_audio):
+        super()._check(x_fusion, x_visual, x_audio)
+        if x_fusion.shape[1] != sum(self.attn.fusion_tkns):
+            raise ValueError(
+                f"FactorizedFusion: x_fusion must hold sum(fusion_tkns) = {sum(self.attn.fusion_tkns)} tokens "
+                f"(fusion_tkns = {self.attn.fusion_tkns}), got {list(x_fusion.shape)}"
+            )

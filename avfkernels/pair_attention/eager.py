@@ -1,0 +1,79 @@
+"""Pair attention by rewrite R1 in plain PyTorch: two ordinary attentions, added. O(N1 + N2) time and memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from avfkernels._math import compute_dtype, masked_softmax
+
+
+def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, return_lse):
+    """See `avfkernels.pair_attention`."""
+    mask1, mask2, any_pair = close_empty(mask1, mask2)
+    if return_lse or q.dtype == torch.float64 or 0 in (k1.shape[2], k2.shape[2]):
+        out, lse = _explicit(q, k1, v1, k2, v2, scale, mask1, mask2, return_lse)
+    else:
+        # PyTorch's fused attention has neither lse nor second derivatives (hence float64, where they are checked).
+        out = _sdpa(q, k1, v1, mask1, scale) + _sdpa(q, k2, v2, mask2, scale)
+        lse = q.new_empty(0, dtype=torch.float32)
+    if any_pair is not None:
+        out = torch.where(any_pair, out, 0.0)
+        lse = torch.where(any_pair[..., 0], lse, float("-inf")) if return_lse else lse
+    return out, lse
+
+
+def why_not(*, interaction, **_) -> str | None:
+    return None if interaction == "sum" else "R1 separates sums, not products"
+
+
+def close_empty(mask1: Tensor | None, mask2: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where one side has no token left there is no pair, though the other side alone would still give an output.
+
+    Returns the masks with such batch entries opened (so that nothing is NaN) and which entries have a pair [B, 1, 1, 1].
+    """
+    if mask1 is None and mask2 is None:
+        return None, None, None
+    any_pair = None
+    for mask in (mask1, mask2):
+        if mask is not None:
+            any_pair = mask.any(-1, keepdim=True) if any_pair is None else any_pair & mask.any(-1, keepdim=True)
+    opened = [None if mask is None else mask | ~any_pair for mask in (mask1, mask2)]
+    return *opened, any_pair[..., None, None]
+
+
+def _sdpa(q, k, v, mask, scale):
+    return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None], scale=scale)
+
+
+def _explicit(q, k1, v1, k2, v2, scale, mask1, mask2, return_lse):
+    """The same by matrix products and a softmax, in at least float32."""
+    dtype = compute_dtype(q.dtype)
+    out, lse = 0.0, 0.0
+    for k, v, mask in ((k1, v1, mask1), (k2, v2, mask2)):
+        weights, side_lse = masked_softmax(q.to(dtype) @ k.to(dtype).transpose(-2, -1) * scale, mask, return_lse)
+        out, lse = out + weights @ v.to(dtype), lse + side_lse
+    if 0 in (k1.shape[2], k2.shape[2]):  # no pair: out 0 (still a function of its inputs), lse -inf
+        out, lse = out * 0.0, lse.detach() - float("inf") if return_lse else lse
+    return out.to(q.dtype), lse
+
+
+def backward(grad_out, grad_lse, q, k1, v1, k2, v2, mask1, mask2, scale):
+    """Gradients of q, k1, v1, k2, v2, from the inputs alone: for backends whose forward keeps no weights.
+
+    With p the softmax of one side, dp = grad_out v^T, and lse adding grad_lse p to the gradient of the scores:
+    ds = p * (dp - sum(p * dp) + grad_lse) * scale, dq = ds k, dk = ds^T q, dv = p^T grad_out.
+    """
+    mask1, mask2, any_pair = close_empty(mask1, mask2)
+    if any_pair is not None:
+        grad_out = torch.where(any_pair, grad_out, 0.0)
+        grad_lse = torch.where(any_pair[..., 0], grad_lse, 0.0)
+    grads, dq = [], 0.0
+    for k, v, mask in ((k1, v1, mask1), (k2, v2, mask2)):
+        p, _ = masked_softmax(q @ k.transpose(-2, -1) * scale, mask, False)
+        dp = grad_out @ v.transpose(-2, -1)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True) + grad_lse.unsqueeze(-1)) * scale
+        dq = dq + ds @ k
+        grads += [ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ grad_out]
+    return dq, *grads

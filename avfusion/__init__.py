@@ -1,0 +1,41 @@
+"""DeepAVFusion around avfkernels: real clips in, features out.
+
+    model = avfusion.load_encoder("checkpoint.pth")
+    features = model.embed("clip.mp4")
+
+What this package adds to the kernels (timm, torchaudio, PyAV, ...) is the extra `train`: pip install -e '.[train]'.
+"""
+
+import importlib
+from importlib.util import find_spec
+
+# The public names and where they live: loaded on first use, so that `avfusion --help` is instant.
+_NAMES = {
+    "CheckpointError": "checkpoint",
+    "ClipError": "clips",
+    "DeepAVFusion": "model",
+    "EncoderConfig": "model",
+    "LogMel": "clips",
+    "load_encoder": "checkpoint",
+    "read_clip": "clips",
+    "save_encoder": "checkpoint",
+}
+# Import name -> package of the extra `train`.
+_REQUIRES = {"av": "av", "einops": "einops", "safetensors": "safetensors", "timm": "timm", "torchaudio": "torchaudio",
+             "torchvision": "torchvision", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # fmt: skip
+
+_missing = [package for module, package in _REQUIRES.items() if find_spec(module) is None]
+if _missing:
+    raise ImportError(f"avfusion needs {', '.join(_missing)}; install what is missing with: pip install -e '.[train]'")
+
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'avfusion' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"avfusion.{_NAMES[name]}"), name)
+
+
+def __dir__():
+    return __all__

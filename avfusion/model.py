@@ -1,0 +1,273 @@
+"""DeepAVFusion: a visual ViT, an audio ViT and a branch of fusion tokens, side by side for every layer.
+
+    x_fusion[l] = Fusion(x_fusion[l-1], x_image[l-1], x_audio[l-1])       (Eq. 1)
+    x_image[l]  = Visual(x_image[l-1], x_fusion[l-1])                     (Eq. 2)
+    x_audio[l]  = Audio (x_audio[l-1], x_fusion[l-1])                     (Eq. 3)
+
+State-dict keys and outputs are those of the authors' release. The unimodal blocks read the fusion tokens by prefix
+attention: their keys and values enter, their rows are not computed (rewrite R3).
+
+Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+import avfkernels
+
+FUSIONS = ("factorized", "dense", "token", "none")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The shape of a `DeepAVFusion` encoder. The defaults are the paper's ViT-B with factorized interactions.
+
+    Raises ValueError, naming the field, for a combination that cannot be built.
+    """
+
+    dim: int = 768  # width D of every token
+    depth: int = 12  # layers
+    num_heads: int = 12
+    mlp_ratio: float = 4.0  # of the unimodal blocks
+    patch_size: int = 16  # pixels, and mel bands x frames
+    image_size: tuple[int, int] = (224, 224)  # height, width in pixels
+    audio_size: tuple[int, int] = (128, 192)  # mel bands, frames
+    fusion: str = "factorized"  # "factorized" | "dense" | "token" | "none"
+    fusion_layers: str = "all"  # "all" | "none" | "late" (the last) | "mid" (the last four) | "0-3-11" (those)
+    fusion_tokens: int = 16  # tokens that attend to interactions
+    image_agg_tokens: int = 8  # "factorized" only: tokens that aggregate the image,
+    audio_agg_tokens: int = 8  # and the audio
+    fusion_attn_ratio: float = 0.25  # width of the fusion attention's queries and keys, as a share of dim
+    fusion_mlp_ratio: float = 1.0  # of the fusion blocks
+    interaction: str = "sum"  # "dense" only: "sum" | "product"
+    drop_path: float = 0.0  # stochastic depth, the same in every block
+
+    def __post_init__(self):
+        # Lists come back from JSON.
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        object.__setattr__(self, "audio_size", tuple(self.audio_size))
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"EncoderConfig: fusion must be one of {FUSIONS}, got {self.fusion!r}")
+        if self.interaction not in ("sum", "product"):
+            raise ValueError(f"EncoderConfig: interaction must be 'sum' or 'product', got {self.interaction!r}")
+        if self.interaction == "product" and self.fusion != "dense":
+            raise ValueError(f"EncoderConfig: interaction='product' belongs to fusion='dense', not {self.fusion!r}")
+        if self.dim % self.num_heads or self.dim % 4:
+            raise ValueError(f"EncoderConfig: dim = {self.dim} must be a multiple of num_heads = {self.num_heads} and of 4")
+        for name in ("image_size", "audio_size"):
+            size = getattr(self, name)
+            if len(size) != 2 or any(side < self.patch_size or side % self.patch_size for side in size):
+                raise ValueError(f"EncoderConfig: {name} = {size} must be two multiples of patch_size = {self.patch_size}")
+        for name in ("depth", "fusion_tokens", "image_agg_tokens", "audio_agg_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EncoderConfig: {name} must be at least 1, got {getattr(self, name)}")
+        self.layers_with_fusion  # noqa: B018  raises for a bad fusion_layers
+
+    @property
+    def image_grid(self) -> tuple[int, int]:
+        """Image patches, rows x columns."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def audio_grid(self) -> tuple[int, int]:
+        """Spectrogram patches, mel bands x frames."""
+        return self.audio_size[0] // self.patch_size, self.audio_size[1] // self.patch_size
+
+    @property
+    def num_fusion_tokens(self) -> int:
+        """All tokens of the fusion branch; the aggregates count where there are any."""
+        aggregates = self.image_agg_tokens + self.audio_agg_tokens if self.fusion == "factorized" else 0
+        return self.fusion_tokens + aggregates
+
+    @property
+    def layers_with_fusion(self) -> tuple[int, ...]:
+        """Indices of the layers that have a fusion block."""
+        if self.fusion == "none" or self.fusion_layers == "none":
+            return ()
+        named = {"all": range(self.depth), "late": range(self.depth - 1, self.depth), "mid": range(self.depth)[-4:]}
+        if self.fusion_layers in named:
+            return tuple(named[self.fusion_layers])
+        try:
+            layers = sorted({int(layer) for layer in self.fusion_layers.split("-")})
+        except ValueError:
+            layers = [-1]
+        if layers[0] < 0 or layers[-1] >= self.depth:
+            raise ValueError(
+                "EncoderConfig: fusion_layers must be 'all', 'none', 'late', 'mid' or layers such as '0-3-11', each below "
+                f"depth = {self.depth}; got {self.fusion_layers!r}"
+            )
+        return tuple(layers)
+
+
+def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
+    """The fixed 2-D sine-cosine embedding of MAE: [1, rows * columns, dim], the first half encodes the column."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = [position.flatten()[:, None] * omega for position in (columns, rows)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [prefix ; x] with queries from x only."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        if prefix is None:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            dim = x.shape[-1]  # the last two thirds of the packed projection are keys and values
+            kv_prefix = F.linear(prefix, self.qkv.weight[dim:], self.qkv.bias[dim:])
+            k_prefix, v_prefix = rearrange(kv_prefix, "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
+            out = avfkernels.prefix_attention(q, k, v, k_prefix, v_prefix, scale=self.scale)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """A pre-norm ViT block that may read a prefix of fusion tokens."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config.dim, config.num_heads)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
+        self.drop_path = DropPath(config.drop_path)
+
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+        if prefix is not None and avfkernels.materialises():  # as released: the prefix goes through, its rows are dropped
+            return self(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
+        x = x + self.drop_path(self.attn(self.norm1(x), None if prefix is None else self.norm1(prefix)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """The unimodal branch: patches, fixed positions, blocks, final norm. No class token."""
+
+    def __init__(self, config: EncoderConfig, size: tuple[int, int], channels: int):
+        super().__init__()
+        self.patch_embed = PatchEmbed(size, config.patch_size, channels, config.dim)
+        self.register_buffer("pos_embed", sincos_position_embedding(config.dim, self.patch_embed.grid_size))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def embed(self, x: Tensor, ids_keep: Tensor | None) -> Tensor:
+        """x [B, C, H, W], ids_keep [B, n] -> tokens [B, n or all patches, D], positions added."""
+        x = self.patch_embed(x) + self.pos_embed
+        if ids_keep is not None:
+            x = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return x
+
+
+class DeepAVFusion(nn.Module):
+    """The early-fusion encoder: an image and a spectrogram to image, audio and fusion tokens."""
+
+    def __init__(self, config: EncoderConfig | None = None):
+        super().__init__()
+        self.config = config = config or EncoderConfig()
+        self.image = ViT(config, config.image_size, channels=3)
+        self.audio = ViT(config, config.audio_size, channels=1)
+        self.fusion_tokens = nn.Parameter(torch.empty(1, config.num_fusion_tokens, config.dim))
+        nn.init.normal_(self.fusion_tokens, std=0.02)
+        self.fusion_blocks = nn.ModuleDict({str(i): self._fusion_block() for i in config.layers_with_fusion})
+        self.fusion_norm = nn.LayerNorm(config.dim)  # eps 1e-5, unlike the ViTs
+
+    def _fusion_block(self) -> nn.Module:
+        c = self.config
+        sizes = (c.dim, c.num_heads, c.fusion_attn_ratio, c.fusion_mlp_ratio)
+        if c.fusion == "token":
+            return avfkernels.TokenFusion(*sizes, drop_path=c.drop_path)
+        if c.fusion == "dense":
+            return avfkernels.DenseFusion(*sizes, interaction=c.interaction, drop_path=c.drop_path)
+        split = (c.fusion_tokens, c.image_agg_tokens, c.audio_agg_tokens)
+        return avfkernels.FactorizedFusion(*sizes, fusion_tkns=split, drop_path=c.drop_path)
+
+    def forward(
+        self,
+        image: Tensor,
+        audio: Tensor,
+        image_ids_keep: Tensor | None = None,
+        audio_ids_keep: Tensor | None = None,
+        return_embs: bool = False,
+    ):
+        """Encodes a batch.
+
+        Args:
+            image: [B, 3, H, W], normalised by ImageNet's mean and deviation.
+            audio: [B, 1, mels, frames], log10 mel power.
+            image_ids_keep, audio_ids_keep: int64 [B, n], the patches that are visible (masked modelling); None: all.
+            return_embs: also return the tokens after each layer.
+
+        Returns:
+            x_image [B, n_v, D], x_audio [B, n_a, D], x_fusion [B, F, D] after their final norms, and, if asked for, a list
+            of the same three, before the norms, a layer.
+
+        Raises ValueError, naming the argument, if a shape is not the configured one.
+        """
+        x_image, x_audio, x_fusion = self._embed(image, audio, image_ids_keep, audio_ids_keep)
+        embs = []
+        for layer in range(self.config.depth):
+            x_image, x_audio, x_fusion = self._layer(layer, x_image, x_audio, x_fusion)
+            if return_embs:
+                embs.append((x_image, x_audio, x_fusion))
+        out = self.image.norm(x_image), self.audio.norm(x_audio), self.fusion_norm(x_fusion)
+        return (*out, embs) if return_embs else out
+
+    def _embed(self, image, audio, image_ids_keep, audio_ids_keep):
+        for name, x, channels, size in (
+            ("image", image, 3, self.config.image_size),
+            ("audio", audio, 1, self.config.audio_size),
+        ):
+            if x.ndim != 4 or x.shape[0] != image.shape[0] or tuple(x.shape[1:]) != (channels, *size):
+                raise ValueError(
+                    f"DeepAVFusion: {name} must have shape [B, {channels}, {size[0]}, {size[1]}] (EncoderConfig.{name}_size) "
+                    f"with one B for both, got {list(x.shape)}"
+                )
+        x_image, x_audio = self.image.embed(image, image_ids_keep), self.audio.embed(audio, audio_ids_keep)
+        return x_image, x_audio, self.fusion_tokens.expand(image.shape[0], -1, -1)
+
+    def _layer(self, layer, x_image, x_audio, x_fusion):
+        image_block, audio_block = self.image.blocks[layer], self.audio.blocks[layer]
+        if str(layer) not in self.fusion_blocks:
+            return image_block(x_image), audio_block(x_audio), x_fusion
+        next_fusion = self.fusion_blocks[str(layer)](x_fusion, x_image, x_audio)
+        return image_block(x_image, x_fusion), audio_block(x_audio, x_fusion), next_fusion
+
+    @torch.no_grad()
+    def attention_maps(self, image: Tensor, audio: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """What the fusion tokens look at: layer -> (alpha [B, H, F, n_a] over audio, beta [B, H, F, n_v] over image patches).
+
+        The marginals of the attention over pairs, as `return_attention` of the fusion blocks gives them. Shapes as `forward`.
+        """
+        x_image, x_audio, x_fusion = self._embed(image, audio, None, None)
+        maps = {}
+        for layer in range(self.config.depth):
+            if str(layer) in self.fusion_blocks:
+                _, *maps[layer] = self.fusion_blocks[str(layer)](x_fusion, x_image, x_audio, return_attention=True)
+            x_image, x_audio, x_fusion = self._layer(layer, x_image, x_audio, x_fusion)
+        return {layer: tuple(pair) for layer, pair in maps.items()}
+
+    def embed(self, clip) -> dict[str, Tensor]:
+        """The features of one video file; see `avfusion.features.embed`."""
+        from avfusion.features import embed
+
+        return embed(self, clip)
