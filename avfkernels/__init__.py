@@ -1,6 +1,7 @@
 """Exact, fused attention over pairwise interactions of two token streams.
 
-Ops: `pair_attention`, `latent_attention`, `prefix_attention`. Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`.
+Ops: `pair_attention`, `latent_attention`, `prefix_attention`.
+Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`.
 `python -m avfkernels` shows what runs on this machine and why; `backend(name)` overrides the choice.
 """
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; False for kinds that know no autocast, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def check_tensors(op: str, q: Tensor, tensors: dict[str, tuple[Tensor, str]]) -> None:
     """Every tensor has its layout ("B H F dk"; a letter means the same size everywhere), and q's device and dtype.
 
@@ -30,7 +35,7 @@ def check_tensors(op: str, q: Tensor, tensors: dict[str, tuple[Tensor, str]]) ->
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, q on {q.device}; move them to one device")
-        if tensor.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+        if tensor.dtype != q.dtype and not autocast_enabled(q.device.type):
             raise TypeError(f"{op}: {name} is {tensor.dtype}, q is {q.dtype}; cast them to one dtype or use autocast")
 
 

@@ -1,8 +1,8 @@
 """The registration table: every op's schema, its backends, and what torch needs to trace and differentiate it.
 
 `avfkernels::pair_attention`, `latent_attention` and `prefix_attention` are composite: their Python body picks a
-backend and is traced through, so autograd, fake tensors, torch.compile and export need nothing else. A fused backend is an op
-of its own behind them (`avfkernels::pair_attention_cpu`), with a fake and an autograd formula.
+backend and is traced through, so autograd, fake tensors, torch.compile and export need nothing else. A fused backend
+is an op of its own behind them (`avfkernels::pair_attention_cpu`), with a fake and an autograd formula.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from avfkernels import _backends
 from avfkernels._backends import Backend
+from avfkernels._checks import autocast_enabled
 from avfkernels.latent_attention import eager as latent_eager
 from avfkernels.latent_attention import reference as latent_reference
 from avfkernels.pair_attention import cpu as pair_cpu
@@ -29,9 +30,7 @@ SCHEMAS = {
     "latent_attention": (
         "(Tensor q, Tensor x, *, float scale, Tensor? mask=None, bool return_lse=False) -> (Tensor out, Tensor lse)"
     ),
-    "prefix_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor k_prefix, Tensor v_prefix, *, float scale) -> Tensor"
-    ),
+    "prefix_attention": ("(Tensor q, Tensor k, Tensor v, Tensor k_prefix, Tensor v_prefix, *, float scale) -> Tensor"),
 }
 
 BACKENDS: dict[str, dict[str, Backend]] = {
@@ -53,14 +52,17 @@ BACKENDS: dict[str, dict[str, Backend]] = {
 _library = torch.library.Library("avfkernels", "DEF")
 
 
-def _autocast(arguments: dict) -> None:
-    """Casts as torch's own attention does under autocast: float tensors other than float64 go to the autocast dtype."""
+def _run(op: str, arguments: dict):
+    """Runs an op on the backend of choice; under autocast, casts as torch's own attention does."""
     device = arguments["q"].device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-                arguments[name] = value.to(dtype)
+    if not autocast_enabled(device):
+        return _backends.select(op, BACKENDS[op], arguments).forward(**arguments)
+    dtype = torch.get_autocast_dtype(device)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+            arguments[name] = value.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _backends.select(op, BACKENDS[op], arguments).forward(**arguments)
 
 
 def _define(op: str, schema: str) -> None:
@@ -74,11 +76,7 @@ def _define(op: str, schema: str) -> None:
     def composite(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        arguments = arguments.arguments
-        _autocast(arguments)
-        chosen = _backends.select(op, BACKENDS[op], arguments)
-        with torch.autocast(arguments["q"].device.type, enabled=False):
-            return chosen.forward(**arguments)
+        return _run(op, arguments.arguments)
 
     _library.define(op + schema)
     _library.impl(op, composite, "CompositeImplicitAutograd")

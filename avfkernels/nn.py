@@ -4,15 +4,16 @@ Every block reads the patch tokens of both modalities and updates the fusion tok
 
     x = LN(x_fusion);  x = x + attn(x, LN(x_visual), LN(x_audio));  x = x + mlp(LN(x))
 
-The residual is added to the *normalised* tokens, and LayerNorm's eps is 1e-5, as in the release. The attention runs by the
-exact rewrites R1 (pairs separate) and R2 (projections move to the queries). It materialises the pairs, as the paper's
-equations read, on two occasions: `with avfkernels.backend("reference")`, and in training with attention dropout, which
-no identity separates.
+The residual is added to the *normalised* tokens, and LayerNorm's eps is 1e-5, as in the release. The attention runs by
+the exact rewrites R1 (pairs separate) and R2 (projections move to the queries). It materialises the pairs, as the
+paper's equations read, on two occasions: `with avfkernels.backend("reference")`, and in training with attention
+dropout, which no identity separates.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def _softmax_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _marginals(q: Tensor, k1: Tensor, k2: Tensor, scale: float, interaction: str) -> tuple[Tensor, Tensor]:
-    """The two marginals [B, H, F, N1], [B, H, F, N2] of the attention over pairs; for sums, their outer product is all of it."""
+    """The marginals [B, H, F, N1], [B, H, F, N2] of the attention over pairs; their outer product, for sums."""
     if interaction == "sum":
         return _softmax_weights(q, k1, scale), _softmax_weights(q, k2, scale)
     scores = (q.unsqueeze(3) * k1.unsqueeze(2)) @ k2.unsqueeze(2).transpose(-2, -1) * scale  # [B, H, F, N1, N2]
@@ -85,8 +86,8 @@ class _Attention(nn.Module):
         if dropping and not _noticed_dropout and not torch.compiler.is_compiling():
             _noticed_dropout = True
             warnings.warn(
-                f"attention dropout {self.attn_drop} in training: dropped pair weights do not separate, so every pair is "
-                "held in memory (exact, slow). Use attn_drop=0, with drop_path or drop instead, for the fast path.",
+                f"attention dropout {self.attn_drop} in training: dropped pair weights do not separate, so every pair "
+                "is held in memory (exact, slow). Use attn_drop=0, with drop_path or drop instead, for the fast path.",
                 stacklevel=3,
             )
         return dropping or materialises()
@@ -100,7 +101,7 @@ class _Attention(nn.Module):
 
 
 class TokenAttention(_Attention):
-    """Fusion tokens attend to the concatenation of both modalities' tokens; no interactions (the MBT-style baseline)."""
+    """Fusion tokens attend to the tokens of both modalities, concatenated; no interactions (the MBT-style baseline)."""
 
     def __init__(self, dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, **factory):
         super().__init__(dim, num_heads, attn_ratio, attn_drop, drop)
@@ -181,10 +182,8 @@ class LatentCrossAttention(_Attention):
         materialises = self.materialises()
         if materialises or not self.absorbs(latents.shape[1], x.shape[1]):
             k, v = _key_value_heads(self.kv(x), self.num_heads)
-            if materialises:
-                out = self.attend(q, k, v)
-            else:
-                out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            attend = self.attend if materialises else partial(F.scaled_dot_product_attention, scale=self.scale)
+            out = attend(q, k, v)
             weights = _softmax_weights(q, k, self.scale) if return_attention else None
         else:
             # k_n = W_k x_n + b_k: q . b_k is the same for every n and leaves the softmax; W_k^T q meets x itself.
@@ -297,8 +296,8 @@ class FusionBlock(nn.Module):
 
         With `return_attention`, also the marginal attention maps: alpha [B, H, F, n_a] over audio tokens and beta
         [B, H, F, n_v] over visual tokens, each a distribution (for `TokenFusion` the two together are one). Of
-        `FactorizedFusion` only the first `fusion_tkns[0]` tokens attend to pairs; F is their number in the maps, and the
-        maps are carried through the aggregation to the patches (head-averaged there).
+        `FactorizedFusion` only the first `fusion_tkns[0]` tokens attend to pairs; F is their number in the maps, and
+        the maps are carried through the aggregation to the patches (head-averaged there).
 
         Raises ValueError, naming the argument, if a shape does not fit.
         """
@@ -342,8 +341,8 @@ class DenseFusion(FusionBlock):
     r"""Fusion tokens attend to all n_a x n_v interactions W_a x_a[i] + W_v x_v[j] (Eqs. 4-6), at O(n_a + n_v) by R1.
 
     Args and shapes as `FactorizedFusion`, without `fusion_tkns`; any number of fusion tokens.
-        interaction: "sum", or "product" for the multiplicative (W_a x_a[i] + b) * (W_v x_v[j] + b), the low-rank bilinear
-            form, which no identity separates: it holds all pairs in memory.
+        interaction: "sum", or "product" for the multiplicative (W_a x_a[i] + b) * (W_v x_v[j] + b), the low-rank
+            bilinear form, which no identity separates: it holds all pairs in memory.
     """
 
     def __init__(
@@ -358,8 +357,8 @@ class DenseFusion(FusionBlock):
 class FactorizedFusion(FusionBlock):
     r"""Each modality is aggregated into a few tokens; fusion tokens attend to all pairs of aggregates (Eqs. 7-11).
 
-    A drop-in for the block of the authors' release: same state-dict keys, same numbers. R2 aggregates without keys or values of
-    the patch tokens wherever that takes fewer FLOP, and R1 separates the pairs.
+    A drop-in for the block of the authors' release: same state-dict keys, same numbers. R2 aggregates without keys or
+    values of the patch tokens wherever that takes fewer FLOP, and R1 separates the pairs.
 
     Args:
         dim: width D of all tokens; num_heads: H; both D and int(D * attn_ratio) are multiples of H.
@@ -367,8 +366,8 @@ class FactorizedFusion(FusionBlock):
         mlp_ratio: hidden width of the MLP over D.
         qkv_bias: biases on queries, keys and values.
         fusion_tkns: how x_fusion splits, in order: fusion tokens, visual aggregates, audio aggregates.
-        drop, attn_drop, drop_path: dropout after projections, of attention weights (exact but slow: the pairs are held in
-            memory), and of whole residuals.
+        drop, attn_drop, drop_path: dropout after projections, of attention weights (exact but slow: the pairs are held
+            in memory), and of whole residuals.
         device, dtype: of the parameters.
 
     Raises:

@@ -60,11 +60,15 @@ class EncoderConfig:
         if self.interaction == "product" and self.fusion != "dense":
             raise ValueError(f"EncoderConfig: interaction='product' belongs to fusion='dense', not {self.fusion!r}")
         if self.dim % self.num_heads or self.dim % 4:
-            raise ValueError(f"EncoderConfig: dim = {self.dim} must be a multiple of num_heads = {self.num_heads} and of 4")
+            raise ValueError(
+                f"EncoderConfig: dim = {self.dim} must be a multiple of num_heads = {self.num_heads} and 4"
+            )
         for name in ("image_size", "audio_size"):
             size = getattr(self, name)
             if len(size) != 2 or any(side < self.patch_size or side % self.patch_size for side in size):
-                raise ValueError(f"EncoderConfig: {name} = {size} must be two multiples of patch_size = {self.patch_size}")
+                raise ValueError(
+                    f"EncoderConfig: {name} = {size} must be two multiples of patch_size {self.patch_size}"
+                )
         for name in ("depth", "fusion_tokens", "image_agg_tokens", "audio_agg_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EncoderConfig: {name} must be at least 1, got {getattr(self, name)}")
@@ -100,8 +104,8 @@ class EncoderConfig:
             layers = [-1]
         if layers[0] < 0 or layers[-1] >= self.depth:
             raise ValueError(
-                "EncoderConfig: fusion_layers must be 'all', 'none', 'late', 'mid' or layers such as '0-3-11', each below "
-                f"depth = {self.depth}; got {self.fusion_layers!r}"
+                "EncoderConfig: fusion_layers must be 'all', 'none', 'late', 'mid' or layers such as '0-3-11', each "
+                f"below depth = {self.depth}; got {self.fusion_layers!r}"
             )
         return tuple(layers)
 
@@ -148,7 +152,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(config.drop_path)
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-        if prefix is not None and avfkernels.materialises():  # as released: the prefix goes through, its rows are dropped
+        if prefix is not None and avfkernels.materialises():  # as released: the prefix goes through and is dropped
             return self(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
         x = x + self.drop_path(self.attn(self.norm1(x), None if prefix is None else self.norm1(prefix)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -218,8 +222,8 @@ class DeepAVFusion(nn.Module):
             return_embs: also return the tokens after each layer.
 
         Returns:
-            x_image [B, n_v, D], x_audio [B, n_a, D], x_fusion [B, F, D] after their final norms, and, if asked for, a list
-            of the same three, before the norms, a layer.
+            x_image [B, n_v, D], x_audio [B, n_a, D], x_fusion [B, F, D] after their final norms, and, if asked for, a
+            list of the same three, before the norms, a layer.
 
         Raises ValueError, naming the argument, if a shape is not the configured one.
         """
@@ -239,8 +243,8 @@ class DeepAVFusion(nn.Module):
         ):
             if x.ndim != 4 or x.shape[0] != image.shape[0] or tuple(x.shape[1:]) != (channels, *size):
                 raise ValueError(
-                    f"DeepAVFusion: {name} must have shape [B, {channels}, {size[0]}, {size[1]}] (EncoderConfig.{name}_size) "
-                    f"with one B for both, got {list(x.shape)}"
+                    f"DeepAVFusion: {name} must have shape [B, {channels}, {size[0]}, {size[1]}] "
+                    f"(EncoderConfig.{name}_size) with one B for both, got {list(x.shape)}"
                 )
         x_image, x_audio = self.image.embed(image, image_ids_keep), self.audio.embed(audio, audio_ids_keep)
         return x_image, x_audio, self.fusion_tokens.expand(image.shape[0], -1, -1)
@@ -254,17 +258,19 @@ class DeepAVFusion(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, image: Tensor, audio: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """What the fusion tokens look at: layer -> (alpha [B, H, F, n_a] over audio, beta [B, H, F, n_v] over image patches).
+        """What the fusion tokens look at: layer -> (alpha [B, H, F, n_a], beta [B, H, F, n_v]).
 
-        The marginals of the attention over pairs, as `return_attention` of the fusion blocks gives them. Shapes as `forward`.
+        alpha is over audio patches and beta over image patches: the marginals of the attention over pairs, as
+        `return_attention` of the fusion blocks gives them. Shapes of the inputs as in `forward`.
         """
-        x_image, x_audio, x_fusion = self._embed(image, audio, None, None)
+        *_, embs = self.forward(image, audio, return_embs=True)
+        inputs = [self._embed(image, audio, None, None), *embs]
         maps = {}
-        for layer in range(self.config.depth):
-            if str(layer) in self.fusion_blocks:
-                _, *maps[layer] = self.fusion_blocks[str(layer)](x_fusion, x_image, x_audio, return_attention=True)
-            x_image, x_audio, x_fusion = self._layer(layer, x_image, x_audio, x_fusion)
-        return {layer: tuple(pair) for layer, pair in maps.items()}
+        for layer in self.config.layers_with_fusion:
+            x_image, x_audio, x_fusion = inputs[layer]
+            _, alpha, beta = self.fusion_blocks[str(layer)](x_fusion, x_image, x_audio, return_attention=True)
+            maps[layer] = alpha, beta
+        return maps
 
     def embed(self, clip) -> dict[str, Tensor]:
         """The features of one video file; see `avfusion.features.embed`."""

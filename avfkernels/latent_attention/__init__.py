@@ -26,8 +26,8 @@ def latent_attention(
         return_lse: also return the log-sum-exp.
 
     Returns:
-        out [B, M, D] and, if asked for, lse [B, M] in fp32 (float64 for float64 inputs). Without any token, out is 0 and
-        lse is -inf.
+        out [B, M, D] and, if asked for, lse [B, M] in fp32 (float64 for float64 inputs). Without any token, out is 0
+        and lse is -inf.
 
     Raises:
         ValueError, TypeError: naming the argument, its shape or dtype, and what was expected.

@@ -38,9 +38,9 @@ def pair_attention(
     holds all pairs in memory.
 
     Args:
-        q: [B, H, F, dk] queries; k1 [B, H, N1, dk], v1 [B, H, N1, dv]; k2 [B, H, N2, dk], v2 [B, H, N2, dv]. fp32, fp16,
-            bf16 or float64, one dtype and device; any strides (a unit last stride avoids copies). Under autocast, cast
-            as torch's own attention does.
+        q: [B, H, F, dk] queries; k1 [B, H, N1, dk], v1 [B, H, N1, dv]; k2 [B, H, N2, dk], v2 [B, H, N2, dv]. fp32,
+            fp16, bf16 or float64, one dtype and device; any strides (a unit last stride avoids copies). Under autocast,
+            cast as torch's own attention does.
         scale: factor on the logits.
         interaction: "sum" or "product".
         mask1, mask2: bool [B, N1], [B, N2], True for tokens that count; a pair counts where both do.

@@ -1,4 +1,4 @@
-"""Pair attention in C++ (csrc/pair_attention_kernel.cpp): 16 queries in a vector register, online softmax, any shape."""
+"""Pair attention in C++ (csrc/pair_attention_kernel.cpp): 16 queries in a vector, online softmax, any shape."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def why_not(*, interaction, **_) -> str | None:
 def close_empty(mask1: Tensor | None, mask2: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Where one side has no token left there is no pair, though the other side alone would still give an output.
 
-    Returns the masks with such batch entries opened (so that nothing is NaN) and which entries have a pair [B, 1, 1, 1].
+    Returns the masks with such batch entries opened (so that nothing is NaN), and which have a pair [B, 1, 1, 1].
     """
     if mask1 is None and mask2 is None:
         return None, None, None
@@ -69,6 +69,8 @@ def backward(grad_out, grad_lse, q, k1, v1, k2, v2, mask1, mask2, scale):
     if any_pair is not None:
         grad_out = torch.where(any_pair, grad_out, 0.0)
         grad_lse = torch.where(any_pair[..., 0], grad_lse, 0.0)
+    if 0 in (k1.shape[2], k2.shape[2]):
+        grad_out, grad_lse = torch.zeros_like(grad_out), torch.zeros_like(grad_lse)
     grads, dq = [], 0.0
     for k, v, mask in ((k1, v1, mask1), (k2, v2, mask2)):
         p, _ = masked_softmax(q @ k.transpose(-2, -1) * scale, mask, False)

@@ -8,19 +8,17 @@ from torch import Tensor
 from avfkernels._checks import check_tensors
 
 
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, *, scale: float
-) -> Tensor:
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, *, scale: float) -> Tensor:
     r"""Softmax attention over the keys [prefix ; own]:
 
         out[i] = sum_j softmax_j(scale * q[i] . [k_prefix ; k][j]) [v_prefix ; v][j]
 
-    The unimodal blocks of DeepAVFusion read the fusion tokens and do not update them (Eqs. 2-3, rewrite R3): only the keys
-    and values of the prefix enter, never queries.
+    The unimodal blocks of DeepAVFusion read the fusion tokens and do not update them (Eqs. 2-3, rewrite R3): only the
+    keys and values of the prefix enter, never queries.
 
     Args:
-        q, k, v: [B, H, N, d], [B, H, K, d], [B, H, K, dv]; k_prefix, v_prefix: [B, H, P, d], [B, H, P, dv]. fp32, fp16, bf16 or
-            float64, one dtype and device.
+        q, k, v: [B, H, N, d], [B, H, K, d], [B, H, K, dv]; k_prefix, v_prefix: [B, H, P, d], [B, H, P, dv]. fp32, fp16,
+            bf16 or float64, one dtype and device.
         scale: factor on the logits.
 
     Returns:

@@ -1,0 +1,271 @@
+"""The fusion blocks: the authors' numbers, the equations, the traps of the release, and what users get wrong."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import avfkernels
+from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, nn
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BLOCKS = {"token": TokenFusion, "dense": DenseFusion, "factorized": FactorizedFusion}
+INPUTS = ("x_fusion", "x_visual", "x_audio")
+
+
+def build(kind, dim=64, heads=4, **options):
+    torch.manual_seed(0)
+    if kind == "factorized":
+        options.setdefault("fusion_tkns", (5, 3, 4))
+    return BLOCKS[kind](dim, heads, **options)
+
+
+def tokens(fusion=12, visual=13, audio=7, dim=64, batch=2, dtype=torch.float32, grad=False):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(batch, n, dim) for n in (fusion, visual, audio)]
+    return [torch.randn(shape, generator=g).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+def relative_error(got, expected):
+    scale = expected.abs().max()
+    return ((got - expected).abs().max() / scale).item() if scale > 1e-9 else got.abs().max().item()
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", None])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_golden_outputs_and_gradients_of_the_release(kind, backend):
+    with safe_open(GOLDEN / f"block_{kind}.safetensors", "pt") as file:
+        arguments, golden = file.metadata(), {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
+    options = {"fusion_tkns": json.loads(arguments["fusion_tkns"])} if kind == "factorized" else {}
+    block = BLOCKS[kind](
+        int(arguments["dim"]), int(arguments["num_heads"]), float(arguments["attn_ratio"]),
+        float(arguments["mlp_ratio"]), dtype=torch.float64, **options,
+    )  # fmt: skip
+    block.load_state_dict({k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")})
+    inputs = [golden[name].clone().requires_grad_() for name in INPUTS]
+    with avfkernels.backend(backend):
+        out = block(*inputs)
+    out.backward(golden["grad_out"])
+    assert relative_error(out, golden["out"]) < 1e-5
+    for name, tensor in zip(INPUTS, inputs, strict=True):
+        assert relative_error(tensor.grad, golden[f"d{name}"]) < 1e-5, name
+    for name, parameter in block.named_parameters():
+        assert relative_error(parameter.grad, golden[f"grad.{name}"]) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize(("visual", "audio"), [(1, 1), (1, 40), (40, 1), (196, 96)])
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False, "attn_ratio": 0.5, "mlp_ratio": 2.0}])
+def test_fast_path_equals_the_materialised_equations(kind, visual, audio, options):
+    block = build(kind, **options).double()
+    inputs = tokens(visual=visual, audio=audio, dtype=torch.float64, grad=True)
+    results = []
+    for backend in ("reference", "eager"):
+        with avfkernels.backend(backend):
+            out = block(*inputs)
+        results.append((out, *torch.autograd.grad(out.sin().sum(), [*inputs, *block.parameters()])))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fast_path_is_as_accurate_as_the_materialised_one_in_every_dtype(kind, dtype):
+    exact_block, block = build(kind).double(), build(kind).to(dtype)
+    exact_block.load_state_dict(block.state_dict())
+    inputs = tokens(dtype=dtype)
+    exact = exact_block(*(x.double() for x in inputs))
+    errors = {}
+    for backend in ("reference", None):
+        with torch.no_grad(), avfkernels.backend(backend):
+            errors[backend] = (block(*inputs).double() - exact).abs()
+    assert errors[None].mean() <= 1.5 * errors["reference"].mean()
+
+
+@pytest.mark.parametrize(("tokens_in", "absorbed"), [(1, False), (3, False), (4, True), (196, True)])
+def test_r2_is_taken_exactly_where_it_takes_fewer_flop(tokens_in, absorbed, monkeypatch):
+    """At D = 64, 4 heads and 3 latents: 3 (4 n + 64) < n (64 + 3) from n = 4 on."""
+    attention = nn.LatentCrossAttention(64, 4, True, 0.0, 0.0)
+    calls = []
+    monkeypatch.setattr(nn, "latent_attention", lambda *a, **k: calls.append(1) or avfkernels.latent_attention(*a, **k))
+    attention(torch.randn(1, 3, 64), torch.randn(1, tokens_in, 64))
+    assert bool(calls) == absorbed == attention.absorbs(3, tokens_in)
+
+
+def test_r2_is_worth_it_at_the_papers_sizes_full_and_masked_but_not_with_many_latents():
+    attention = nn.LatentCrossAttention(768, 12, True, 0.0, 0.0)
+    assert all(attention.absorbs(8, n) for n in (196, 96, 49, 19))
+    assert not attention.absorbs(64, 196)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_return_attention_gives_the_same_output_and_marginal_distributions(kind, backend):
+    block, inputs = build(kind).double(), tokens(dtype=torch.float64)
+    with avfkernels.backend(backend):
+        out, alpha, beta = block(*inputs, return_attention=True)
+        torch.testing.assert_close(out, block(*inputs))
+    queries = 5 if kind == "factorized" else 12
+    assert alpha.shape == (2, 4, queries, 7)
+    assert beta.shape == (2, 4, queries, 13)
+    sums = alpha.sum(-1), beta.sum(-1)
+    ones = torch.ones_like(sums[0])
+    if kind == "token":
+        torch.testing.assert_close(sums[0] + sums[1], ones)
+    else:
+        torch.testing.assert_close(sums, (ones, ones))
+
+
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_marginals_are_those_of_the_attention_over_pairs(interaction):
+    block = build("dense", interaction=interaction).double()
+    x_fusion, x_visual, x_audio = tokens(dtype=torch.float64)
+    attn = block.attn
+    q = attn.q(block.norm1_mm(x_fusion)).view(2, 12, 4, 4)
+    w_audio, w_visual = attn.kv.weight[:16].split(64, 1)
+    bias = attn.kv.bias[:16]
+    k_a = (block.norm1_aud(x_audio) @ w_audio.T + (bias if interaction == "product" else 0)).view(2, 7, 4, 4)
+    k_v = (block.norm1_img(x_visual) @ w_visual.T + bias).view(2, 13, 4, 4)
+    pairs = torch.add if interaction == "sum" else torch.mul
+    k = pairs(k_a[:, :, None], k_v[:, None])
+    scores = torch.einsum("bfhd,bijhd->bhfij", q, k) * attn.scale
+    joint = scores.flatten(3).softmax(-1).view_as(scores)
+    _, alpha, beta = block(x_fusion, x_visual, x_audio, return_attention=True)
+    torch.testing.assert_close(alpha, joint.sum(4))
+    torch.testing.assert_close(beta, joint.sum(3))
+
+
+def test_product_interactions_are_reference_only_and_differ_from_sums():
+    inputs = tokens()
+    product, total = build("dense", interaction="product"), build("dense")
+    product.load_state_dict(total.state_dict())
+    assert not torch.allclose(product(*inputs), total(*inputs))
+    with avfkernels.backend("reference"):
+        torch.testing.assert_close(product(*inputs), build("dense", interaction="product")(*inputs))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_attention_dropout_in_training_materialises_with_one_notice(kind, monkeypatch):
+    monkeypatch.setattr(nn, "_noticed_dropout", False)
+    block, inputs = build(kind, attn_drop=0.5), tokens()
+    called = []
+    monkeypatch.setattr(nn, "pair_attention", lambda *a, **k: called.append("pair"))
+    monkeypatch.setattr(nn, "prefix_attention", lambda *a, **k: called.append("prefix"))
+    with pytest.warns(UserWarning, match="attention dropout 0.5 in training"):
+        first = block(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = block(*inputs)
+    assert not called
+    assert not torch.equal(first, second)
+    monkeypatch.undo()
+    block.eval()
+    torch.testing.assert_close(block(*inputs), build(kind)(*inputs))
+
+
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_dropped_pair_weights_keep_the_mean(interaction):
+    """Inverted dropout on the joint weights: averaged over many draws the output is that without dropout."""
+    from avfkernels.pair_attention import reference
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(4000, 1, n, d) for n, d in ((1, 2), (3, 2), (3, 2), (2, 2), (2, 2))]
+    tensors = [t[:1].expand(4000, -1, -1, -1) for t in tensors]
+    options = {"scale": 1.0, "interaction": interaction, "mask1": None, "mask2": None, "return_lse": False}
+    dropped, _ = reference.forward(*tensors, **options, dropout_p=0.3)
+    kept, _ = reference.forward(*tensors, **options)
+    standard_error = dropped.std(0) / 4000**0.5
+    assert bool(((dropped.mean(0) - kept[0]).abs() < 5 * standard_error).all())
+    assert bool((standard_error > 0).all())
+
+
+def test_attention_maps_survive_dropout():
+    block = build("dense", attn_drop=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, alpha, _ = block(*tokens(), return_attention=True)
+    torch.testing.assert_close(alpha.sum(-1), torch.ones(2, 4, 12))
+
+
+def test_drop_path_drops_whole_samples_and_rescales_the_rest():
+    block = build("dense", drop_path=0.25)
+    x = torch.ones(2000, 3, 4)
+    dropped = block.drop_path(x)
+    per_sample = dropped[:, 0, 0]
+    assert set(per_sample.tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert torch.equal(dropped, per_sample[:, None, None].expand_as(x))
+    assert abs((per_sample > 0).float().mean().item() - 0.75) < 0.05
+    assert block.eval().drop_path(x) is x
+
+
+def test_token_fusion_normalises_with_the_swapped_norms_of_the_release():
+    block = build("token")
+    torch.nn.init.zeros_(block.norm1_aud.weight)  # in the release this one sees the visual tokens
+    x_fusion, x_visual, x_audio = tokens()
+    torch.testing.assert_close(block(x_fusion, x_visual, x_audio), block(x_fusion, 3 * x_visual + 1, x_audio))
+    assert not torch.allclose(block(x_fusion, x_visual, x_audio), block(x_fusion, x_visual, 2 * x_audio**3))
+
+
+def test_scales_are_those_of_the_release():
+    """Full head width for dense and factorized, the narrow width for token."""
+    assert build("dense").attn.scale == build("factorized").attn.scale == 16**-0.5
+    assert build("token").attn.scale == 4**-0.5
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_initialisation_is_xavier_with_zero_biases(kind):
+    for name, parameter in build(kind).named_parameters():
+        if name.endswith("bias"):
+            assert torch.equal(parameter, torch.zeros_like(parameter)), name
+        elif "norm" not in name:
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert parameter.abs().max() <= bound, name
+            assert parameter.std() > 0.4 * bound, name
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_compiles_whole_forward_and_backward(kind):
+    torch._dynamo.reset()
+    block, inputs = build(kind), tokens(grad=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(block(*inputs).sin().sum(), inputs)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*inputs).sin().sum(), inputs), expected)
+    with avfkernels.backend("reference"):
+        torch.testing.assert_close(compiled(*inputs), block(*inputs))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_runs_under_autocast_and_on_meta_tensors(kind):
+    block, inputs = build(kind), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(*inputs)
+    torch.testing.assert_close(out.float(), block(*inputs), rtol=0.1, atol=0.1)
+    assert BLOCKS[kind](64, 4, device="meta", **({"fusion_tkns": (5, 3, 4)} if kind == "factorized" else {}))(
+        *(x.to("meta") for x in inputs)
+    ).shape == (2, 12, 64)
+
+
+def test_constructor_errors_name_the_argument():
+    with pytest.raises(ValueError, match="multiples of num_heads = 5"):
+        DenseFusion(64, 5)
+    with pytest.raises(ValueError, match=r"int\(dim \* attn_ratio\) = 0"):
+        TokenFusion(64, 4, attn_ratio=0.01)
+    with pytest.raises(ValueError, match="fusion_tkns must be three positive counts"):
+        FactorizedFusion(64, 4, fusion_tkns=(16, 8))
+    with pytest.raises(ValueError, match="interaction must be one of"):
+        DenseFusion(64, 4, interaction="max")
+    with pytest.raises(ValueError, match=r"drop_path must be in \[0, 1\)"):
+        DenseFusion(64, 4, drop_path=1.0)
+
+
+def test_forward_errors_name_the_argument_and_the_shape():
+    block, (x_fusion, x_visual, x_audio) = build("factorized"), tokens()
+    with pytest.raises(ValueError, match=r"sum\(fusion_tkns\) = 12 tokens .* got \[2, 11, 64\]"):
+        block(x_fusion[:, 1:], x_visual, x_audio)
+    with pytest.raises(ValueError, match=r"x_audio must have shape \[B, N, 64\].*got \[2, 7, 32\]"):
+        block(x_fusion, x_visual, x_audio[..., :32])
+    with pytest.raises(ValueError, match="x_visual must have shape"):
+        block(x_fusion, x_visual[:1], x_audio)

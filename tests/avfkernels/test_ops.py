@@ -1,0 +1,310 @@
+"""The rewrites against the paper's equations: shapes, dtypes, masks, extremes, layouts, bad arguments."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from oracle import assert_accurate, in_double, pair_inputs, plain_pair
+
+import avfkernels
+from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels._native import why_unavailable
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+sizes = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65, 130])
+widths = st.sampled_from([1, 3, 8, 16, 20, 64])
+needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+PAIR_BACKENDS = ["eager", pytest.param("cpu", marks=needs_native)]
+
+
+def random_mask(batch, n, seed, keep_one=True):
+    mask = torch.rand(batch, n, generator=torch.Generator().manual_seed(seed)) > 0.4
+    if keep_one:
+        mask[:, 0] = True
+    return mask
+
+
+@SETTINGS
+@given(
+    B=st.integers(1, 3), H=st.integers(1, 3), F=sizes, N1=sizes, N2=sizes, dk=widths, dv=widths,
+    masks=st.sampled_from(["none", "first", "second", "both"]),
+    logit=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+@example(B=1, H=1, F=1, N1=1, N2=1, dk=16, dv=64, masks="none", logit=1.0, seed=0)
+def test_pairs_separate_r1(B, H, F, N1, N2, dk, dv, masks, logit, seed):
+    tensors = pair_inputs(B, H, F, N1, N2, dk, dv, logit=logit, seed=seed)
+    mask1 = random_mask(B, N1, seed) if masks in ("first", "both") else None
+    mask2 = random_mask(B, N2, seed + 1) if masks in ("second", "both") else None
+    options = {"scale": dk**-0.5, "mask1": mask1, "mask2": mask2, "return_lse": True}
+    (exact, exact_lse), _ = in_double(lambda *t: pair_attention(*t, **options), *tensors)
+    with avfkernels.backend("eager"):
+        out, lse = pair_attention(*tensors, **options)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-13 * max(1.0, logit) * 10)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-12)
+
+
+@needs_native
+@SETTINGS
+@given(
+    B=st.integers(1, 3), H=st.integers(1, 3), F=sizes, N1=sizes, N2=sizes, dk=widths, dv=widths,
+    masks=st.booleans(), logit=st.sampled_from([1e-3, 1.0, 30.0, 1e4]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_native_pair_attention_equals_the_pairs(B, H, F, N1, N2, dk, dv, masks, logit, seed):
+    tensors = pair_inputs(B, H, F, N1, N2, dk, dv, torch.float32, logit, seed)
+    options = {"scale": dk**-0.5, "return_lse": True}
+    if masks:
+        options |= {"mask1": random_mask(B, N1, seed), "mask2": random_mask(B, N2, seed + 1)}
+    (exact, exact_lse), _ = in_double(lambda *t: pair_attention(*t, **options), *tensors)
+    with avfkernels.backend("cpu"):
+        out, lse = pair_attention(*tensors, **options)
+    # A logit of size L is known to about eps * L * sqrt(dk) in float32, and the output moves by as much.
+    atol = 1.2e-7 * (8 + 4 * logit * dk**0.5)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol * max(1.0, exact.abs().max().item()))
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("eager", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
+    + [pytest.param("cpu", torch.float32, marks=needs_native)],
+)
+@pytest.mark.parametrize("dv", [16, 64])
+def test_pair_attention_is_as_accurate_as_the_plain_formula_in_every_dtype(backend, dtype, dv):
+    tensors = pair_inputs(2, 4, 16, 96, 196, 16, dv, dtype, logit=3.0, grad=True)
+    exact, doubles = in_double(lambda *t: pair_attention(*t, scale=0.25), *tensors)
+    plain = plain_pair(*tensors, 0.25)
+    with avfkernels.backend(backend):
+        out = pair_attention(*tensors, scale=0.25)
+    assert_accurate(out, exact, plain, "out")
+    upstream = torch.randn(exact.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact_grads = torch.autograd.grad(exact, doubles, upstream)
+    plain_grads = torch.autograd.grad(plain, tensors, upstream.to(dtype))
+    grads = torch.autograd.grad(out, tensors, upstream.to(dtype))
+    for name, *triple in zip(("q", "k1", "v1", "k2", "v2"), grads, exact_grads, plain_grads, strict=True):
+        assert_accurate(*triple, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", ["reference", *PAIR_BACKENDS])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("empty", ["N1", "N2", "both", "F", "B"])
+def test_pair_attention_without_pairs_is_zero_with_lse_minus_infinity(backend, empty, return_lse):
+    shape = {"B": 2, "F": 5, "N1": 3, "N2": 4}
+    shape |= {"N1": 0, "N2": 0} if empty == "both" else {empty: 0}
+    tensors = pair_inputs(**shape, dtype=torch.float32, grad=True)
+    with avfkernels.backend(backend):
+        out = pair_attention(*tensors, scale=1.0, return_lse=return_lse)
+    out, lse = out if return_lse else (out, None)
+    assert out.shape == (shape["B"], 3, shape["F"], 16)
+    assert torch.equal(out, torch.zeros_like(out))
+    if return_lse:
+        assert lse.shape == out.shape[:3]
+        assert lse.dtype == torch.float32
+        assert bool((lse == float("-inf")).all())
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("backend", ["reference", *PAIR_BACKENDS])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_side_masked_out_whole_leaves_no_pair(backend, return_lse):
+    """The other side alone would still give an output; there is no pair, so there must be none."""
+    tensors = pair_inputs(B=3, dtype=torch.float32, grad=True)
+    mask1, mask2 = torch.ones(3, 9, dtype=torch.bool), torch.ones(3, 14, dtype=torch.bool)
+    mask1[0], mask2[2] = False, False
+    with avfkernels.backend(backend):
+        out = pair_attention(*tensors, scale=0.25, mask1=mask1, mask2=mask2, return_lse=return_lse)
+        whole = pair_attention(*tensors, scale=0.25)
+    out, lse = out if return_lse else (out, None)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+    torch.testing.assert_close(out[1], whole[1])
+    if return_lse:
+        assert bool((lse[[0, 2]] == float("-inf")).all())
+        assert bool(lse[1].isfinite().all())
+        out = out + torch.where(lse.isfinite(), lse, 0.0)[..., None]
+    for grad in torch.autograd.grad(out.square().sum(), tensors):
+        assert bool(grad.isfinite().all())
+        assert torch.equal(grad[[0, 2]], torch.zeros_like(grad[[0, 2]]))
+        assert bool((grad[1] != 0).any())
+
+
+@pytest.mark.parametrize("backend", PAIR_BACKENDS)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients_of_out_and_lse_with_masks_equal_the_pairs(backend, return_lse):
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    tensors = pair_inputs(2, 3, 5, 9, 14, 8, 12, dtype, grad=True)
+    options = {"scale": 0.3, "mask1": random_mask(2, 9, 0), "mask2": random_mask(2, 14, 1), "return_lse": return_lse}
+
+    def loss(*t):
+        out = pair_attention(*t, **options)
+        return out[0].sin().sum() + (out[1] ** 2).sum() if return_lse else out.sin().sum()
+
+    exact, doubles = in_double(loss, *tensors)
+    with avfkernels.backend(backend):
+        grads = torch.autograd.grad(loss(*tensors), tensors)
+    for grad, expected in zip(grads, torch.autograd.grad(exact, doubles), strict=True):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", *PAIR_BACKENDS])
+def test_pair_attention_takes_slices_of_a_packed_projection(backend):
+    packed = [torch.randn(2, n, 3, 4, 16) for n in (6, 11, 17)]
+    views = [
+        packed[i][:, :, part].transpose(1, 2) for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))
+    ]  # [B, H, N, d] with the strides of [B, N, 3, H, d]
+    with avfkernels.backend(backend):
+        out = pair_attention(*views, scale=0.25)
+        copied = pair_attention(*(view.contiguous() for view in views), scale=0.25)
+    torch.testing.assert_close(out, copied)
+
+
+@needs_native
+def test_native_output_is_a_view_away_from_merged_heads():
+    out = pair_attention(*pair_inputs(dtype=torch.float32), scale=0.25)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+
+@needs_native
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("index", range(5))
+def test_non_finite_input_does_not_vanish_in_the_native_kernel(bad, index):
+    """PyTorch's own fused attention on a CPU, and with it `eager`, gives 0 for a query that is NaN."""
+    tensors = pair_inputs(1, 1, 4, 5, 6, 8, 8, torch.float32)
+    tensors[index][0, 0, 1] = bad
+    with avfkernels.backend("cpu"):
+        assert not pair_attention(*tensors, scale=0.25).isfinite().all()
+
+
+def test_product_interactions_equal_the_equation():
+    q, k1, v1, k2, v2 = tensors = pair_inputs(N1=4, N2=3, F=2)
+    scores = torch.einsum("bhfd,bhid,bhjd->bhfij", q, k1, k2) * 0.5
+    weights = scores.flatten(3).softmax(-1).view_as(scores)
+    expected = torch.einsum("bhfij,bhid,bhjd->bhfd", weights, v1, v2)
+    out, lse = pair_attention(*tensors, scale=0.5, interaction="product", return_lse=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, scores.flatten(3).logsumexp(-1))
+
+
+@SETTINGS
+@given(
+    B=st.integers(1, 3), M=sizes, N=sizes, D=widths, mask=st.booleans(), logit=st.sampled_from([1e-3, 1.0, 1e4]),
+    seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_latent_attention_equals_the_reference(B, M, N, D, mask, logit, seed):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, M, D, generator=g, dtype=torch.float64) * logit
+    x = torch.randn(B, N, D, generator=g, dtype=torch.float64)
+    options = {"scale": D**-0.5, "mask": random_mask(B, N, seed) if mask else None, "return_lse": True}
+    (exact, exact_lse), _ = in_double(lambda *t: latent_attention(*t, **options), q, x)
+    with avfkernels.backend("eager"):
+        out, lse = latent_attention(q, x, **options)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-11 * max(1.0, logit))
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_latent_and_prefix_attention_are_as_accurate_as_the_plain_formula(dtype):
+    g = torch.Generator().manual_seed(0)
+    q, x = (torch.randn(2, n, 64, generator=g).to(dtype).requires_grad_() for n in (24, 50))
+
+    def plain_latent(q, x):
+        return (q @ x.transpose(-2, -1) * 0.125).softmax(-1) @ x
+
+    heads = [torch.randn(2, 3, n, 16, generator=g).to(dtype).requires_grad_() for n in (20, 20, 20, 5, 5)]
+
+    def plain_prefix(q, k, v, k_prefix, v_prefix):
+        k, v = torch.cat((k_prefix, k), 2), torch.cat((v_prefix, v), 2)
+        return (q @ k.transpose(-2, -1) * 0.25).softmax(-1) @ v
+
+    for op, plain, tensors, scale in (
+        (latent_attention, plain_latent, [q, x], 0.125),
+        (prefix_attention, plain_prefix, heads, 0.25),
+    ):
+        exact, doubles = in_double(lambda *t, op=op, scale=scale: op(*t, scale=scale), *tensors)
+        with avfkernels.backend("eager"):
+            out = op(*tensors, scale=scale)
+        expected = plain(*tensors)
+        assert_accurate(out, exact, expected, op.__name__)
+        upstream = torch.randn(out.shape, generator=g)
+        for grad, exact_grad, plain_grad in zip(
+            torch.autograd.grad(out, tensors, upstream.to(dtype)),
+            torch.autograd.grad(exact, doubles, upstream.double()),
+            torch.autograd.grad(expected, tensors, upstream.to(dtype)),
+            strict=True,
+        ):
+            assert_accurate(grad, exact_grad, plain_grad, f"gradient of {op.__name__}")
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_latent_attention_without_tokens_is_zero(backend):
+    q, x = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    mask = torch.tensor([[False] * 5, [True] * 5])
+    with avfkernels.backend(backend):
+        out, lse = latent_attention(q, x, scale=1.0, mask=mask, return_lse=True)
+        nothing, nothing_lse = latent_attention(q, x[:, :0], scale=1.0, return_lse=True)
+    assert torch.equal(out[0], torch.zeros(3, 8))
+    assert bool((lse[0] == float("-inf")).all())
+    assert bool(lse[1].isfinite().all())
+    assert torch.equal(nothing, torch.zeros(2, 3, 8))
+    assert bool((nothing_lse == float("-inf")).all())
+
+
+@SETTINGS
+@given(
+    B=st.integers(1, 2), H=st.integers(1, 3), N=sizes, K=sizes, P=st.sampled_from([0, 1, 5, 32]), d=widths, dv=widths
+)
+def test_prefix_attention_equals_concatenation_r3(B, H, N, K, P, d, dv):
+    g = torch.Generator().manual_seed(N)
+    q, k, v, k_prefix, v_prefix = (
+        torch.randn(B, H, n, w, generator=g) for n, w in ((N, d), (K, d), (K, dv), (P, d), (P, dv))
+    )
+    exact, _ = in_double(lambda *t: prefix_attention(*t, scale=d**-0.5), q, k, v, k_prefix, v_prefix)
+    out = prefix_attention(q, k, v, k_prefix, v_prefix, scale=d**-0.5)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_prefix_attention_without_keys_is_zero(dtype):
+    q, none = torch.randn(1, 2, 3, 4, dtype=dtype), torch.empty(1, 2, 0, 4, dtype=dtype)
+    assert torch.equal(prefix_attention(q, none, none, none, none, scale=1.0), torch.zeros_like(q))
+
+
+def pair_arguments(**changes):
+    return (
+        dict(zip(("q", "k1", "v1", "k2", "v2"), pair_inputs(dtype=torch.float32), strict=True))
+        | {"scale": 1.0}
+        | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 16)}, ValueError, r"q must have shape \[B H F dk\], got \[2, 3, 16\]"),
+        ({"k1": torch.zeros(2, 3, 9, 8)}, ValueError, r"k1 .* dk = 16 as in q, got \[2, 3, 9, 8\]"),
+        ({"v1": torch.zeros(2, 3, 8, 16)}, ValueError, r"v1 .* N1 = 9 as in k1"),
+        ({"v2": torch.zeros(2, 3, 14, 8)}, ValueError, r"v2 .* dv = 16 as in v1"),
+        ({"k2": torch.zeros(1, 3, 14, 16)}, ValueError, r"k2 .* B = 2 as in q"),
+        ({"k2": torch.zeros(2, 3, 14, 16, dtype=torch.float64)}, TypeError, "k2 is torch.float64, q is torch.float32"),
+        ({"q": torch.zeros(2, 3, 16, 16, dtype=torch.int64)}, TypeError, "q must be floating point"),
+        ({"v2": None}, TypeError, "v2 must be a tensor"),
+        ({"k1": torch.zeros(2, 3, 9, 16, device="meta")}, ValueError, "k1 is on meta, q on cpu"),
+        ({"mask1": torch.ones(2, 8, dtype=torch.bool)}, ValueError, r"mask1 must have shape \[B, N\] = \[2, 9\]"),
+        ({"mask2": torch.ones(2, 14)}, TypeError, "mask2 must be a bool tensor"),
+        ({"interaction": "max"}, ValueError, "interaction must be one of"),
+    ],
+)
+def test_pair_attention_names_the_bad_argument(changes, error, message):
+    with pytest.raises(error, match=message):
+        pair_attention(**pair_arguments(**changes))
+
+
+def test_latent_and_prefix_attention_name_the_bad_argument():
+    with pytest.raises(ValueError, match=r"x must have shape \[B N D\] with D = 8 as in q"):
+        latent_attention(torch.zeros(1, 2, 8), torch.zeros(1, 2, 9), scale=1.0)
+    with pytest.raises(ValueError, match="mask must have shape"):
+        latent_attention(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), scale=1.0, mask=torch.ones(1, 3, dtype=torch.bool))
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="v_prefix .* P = 3 as in k_prefix"):
+        prefix_attention(x, x, x, x, x[:, :, :2], scale=1.0)

@@ -1,0 +1,166 @@
+"""What torch needs of an op: opcheck, gradcheck, compile, meta tensors, autocast, export."""
+
+import pytest
+import torch
+from oracle import pair_inputs
+from torch.library import opcheck
+
+import avfkernels
+from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels._native import why_unavailable
+
+needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+
+
+def latent_inputs(dtype=torch.float64, grad=False):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(2, n, 6, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for n in (3, 5)]
+
+
+def prefix_inputs(dtype=torch.float64, grad=False):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), (2, 2, 2, 4), (2, 2, 2, 6)]
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+def small_pair_inputs(dtype=torch.float64, grad=False):
+    return pair_inputs(2, 2, 3, 4, 5, 3, 2, dtype, grad=grad)
+
+
+OPS = [(pair_attention, small_pair_inputs), (latent_attention, latent_inputs), (prefix_attention, prefix_inputs)]
+
+
+@pytest.mark.parametrize(("op", "inputs"), OPS)
+def test_opcheck(op, inputs):
+    registered = getattr(torch.ops.avfkernels, op.__name__).default
+    opcheck(registered, tuple(inputs(torch.float32, grad=True)), {"scale": 0.5})
+
+
+@needs_native
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_of_the_native_kernel(masked):
+    masks = (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)) if masked else (None, None)
+    opcheck(
+        torch.ops.avfkernels.pair_attention_cpu.default, (*small_pair_inputs(torch.float32, grad=True), 0.5, *masks)
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize(("op", "inputs"), OPS)
+def test_first_and_second_derivatives_equal_finite_differences(op, inputs, backend):
+    with avfkernels.backend(backend):
+        tensors = inputs(grad=True)
+        assert torch.autograd.gradcheck(lambda *t: op(*t, scale=0.5), tensors)
+        assert torch.autograd.gradgradcheck(lambda *t: op(*t, scale=0.5), tensors)
+
+
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_derivatives_of_lse_and_of_products_equal_finite_differences(interaction):
+    tensors = small_pair_inputs(grad=True)
+    mask = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    assert torch.autograd.gradcheck(
+        lambda *t: pair_attention(*t, scale=0.5, interaction=interaction, mask1=mask, return_lse=True), tensors
+    )
+
+
+def test_the_backward_of_the_fused_backends_equals_finite_differences():
+    """`eager.backward` serves kernels whose forward keeps no weights; it is itself differentiable."""
+    from avfkernels.pair_attention import eager
+
+    mask1, mask2 = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    mask1[0, 1], mask2[1] = False, False
+
+    class Pair(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            options = {"scale": 0.5, "interaction": "sum", "mask1": mask1, "mask2": mask2, "return_lse": True}
+            out, lse = eager.forward(*tensors, **options)
+            return out, lse.clamp(min=-100)  # -inf has no finite difference; its gradient is 0
+
+        @staticmethod
+        def backward(ctx, grad_out, grad_lse):
+            return eager.backward(grad_out, grad_lse, *ctx.saved_tensors, mask1, mask2, 0.5)
+
+    assert torch.autograd.gradcheck(Pair.apply, small_pair_inputs(grad=True))
+    assert torch.autograd.gradgradcheck(Pair.apply, small_pair_inputs(grad=True))
+
+
+@pytest.mark.parametrize(("op", "inputs"), OPS)
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_compiles_whole_with_dynamic_shapes(op, inputs, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: op(*t, scale=0.5), fullgraph=True, dynamic=True, backend="aot_eager")
+    with avfkernels.backend(backend):
+        for dtype in (torch.float32, torch.float64):
+            tensors = inputs(dtype, grad=True)
+            for t in (tensors, [x.detach() for x in tensors], [torch.cat((x, x, x), 1).detach() for x in tensors]):
+                torch.testing.assert_close(compiled(*t), op(*t, scale=0.5))
+            grads = torch.autograd.grad(compiled(*tensors).sin().sum(), tensors)
+            expected = torch.autograd.grad(op(*tensors, scale=0.5).sin().sum(), tensors)
+            torch.testing.assert_close(grads, expected)
+
+
+@needs_native
+def test_the_native_kernel_is_chosen_under_compile_too():
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiled = torch.compile(
+        lambda *t: pair_attention(*t, scale=0.5), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+    )
+    tensors = small_pair_inputs(torch.float32)
+    torch.testing.assert_close(compiled(*tensors), pair_attention(*tensors, scale=0.5))
+    assert "pair_attention_cpu" in graphs[0].code
+
+
+@pytest.mark.parametrize(("op", "inputs"), OPS)
+def test_meta_tensors_have_the_shape_of_the_result(op, inputs):
+    tensors = inputs(torch.float32)
+    out = op(*(t.to("meta") for t in tensors), scale=0.5)
+    assert out.device.type == "meta"
+    assert out.shape == op(*tensors, scale=0.5).shape
+
+
+@pytest.mark.parametrize(("op", "inputs"), OPS)
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_autocast_computes_in_the_autocast_dtype(op, inputs, backend):
+    tensors = inputs(torch.float32)
+    tensors[1] = tensors[1].bfloat16()  # mixed dtypes are welcome under autocast
+    with avfkernels.backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = op(*tensors, scale=0.5)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, op(*(t.bfloat16() for t in tensors), scale=0.5))
+        doubles = [t.double() for t in tensors]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert op(*doubles, scale=0.5).dtype == torch.float64
+
+
+def test_export_decomposes_into_aten():
+    class Pairs(torch.nn.Module):
+        def forward(self, *tensors):
+            return pair_attention(*tensors, scale=0.5)
+
+    tensors = tuple(small_pair_inputs(torch.float32))
+    with avfkernels.backend("eager"):
+        program = torch.export.export(Pairs(), tensors).run_decompositions()
+    assert "avfkernels" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(*tensors), pair_attention(*tensors, scale=0.5))
+
+
+def test_vmap_and_functional_gradients():
+    tensors = small_pair_inputs()
+
+    def loss(*t):
+        return pair_attention(*t, scale=0.5).sin().sum()
+
+    stacked = [torch.stack((t, 2 * t)) for t in tensors]
+    grads = torch.func.vmap(torch.func.grad(loss))(*stacked)
+    torch.testing.assert_close(grads[1], torch.func.grad(loss)(*(2 * t for t in tensors)))
