@@ -27,10 +27,9 @@ def in_double(function, *tensors):
 
 
 def assert_accurate(got, exact, plain, what=""):
-    """The accuracy contract: an error no larger than the plain formula's in the same dtype, 1.5x for a maximum's noise."""
+    """The accuracy contract: no larger an error than the plain formula's in the same dtype; 1.5x for a maximum's noise."""
     assert got.dtype == plain.dtype, what
     error, allowed = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (got, plain))
     rounding = torch.finfo(got.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
-    assert error <= 1.5 * allowed + 2 * rounding, (
-        f"{what}: error {error:.2e}, plain {allowed:.2e}, rounding {rounding:.2e}"
-    )
+    message = f"{what}: error {error:.2e}, plain {allowed:.2e}, rounding {rounding:.2e}"
+    assert error <= 1.5 * allowed + 2 * rounding, message

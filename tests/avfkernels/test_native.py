@@ -19,7 +19,8 @@ from avfkernels import _native
 from oracle import pair_inputs
 print(_native.library().avf_isa().decode())
 worst = 0.0
-for shape in [(1, 1, 1, 1, 1, 1, 1), (2, 3, 16, 96, 196, 16, 16), (2, 3, 16, 8, 8, 16, 64), (1, 2, 21, 65, 130, 20, 23)]:
+shapes = (1, 1, 1, 1, 1, 1, 1), (2, 3, 16, 96, 196, 16, 16), (2, 3, 16, 8, 8, 16, 64), (1, 2, 21, 65, 130, 20, 23)
+for shape in shapes:
     tensors = pair_inputs(*shape, dtype=torch.float32, logit=2.0)
     with avfkernels.backend("cpu"):
         out, lse = avfkernels.pair_attention(*tensors, scale=0.25, return_lse=True)

@@ -306,5 +306,5 @@ def test_latent_and_prefix_attention_name_the_bad_argument():
     with pytest.raises(ValueError, match="mask must have shape"):
         latent_attention(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), scale=1.0, mask=torch.ones(1, 3, dtype=torch.bool))
     x = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match="v_prefix .* P = 3 as in k_prefix"):
+    with pytest.raises(ValueError, match=r"v_prefix .* P = 3 as in k_prefix"):
         prefix_attention(x, x, x, x, x[:, :, :2], scale=1.0)

@@ -1,0 +1,255 @@
+"""The encoder: the authors' numbers, the reference backend, masks, layers with fusion, compile, errors."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import avfkernels
+from avfusion import DeepAVFusion, EncoderConfig
+from avfusion.model import sincos_position_embedding
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = EncoderConfig(
+    dim=64, depth=2, num_heads=4, image_size=(64, 48), audio_size=(32, 48),
+    fusion_tokens=5, image_agg_tokens=3, audio_agg_tokens=4,
+)  # fmt: skip
+FUSIONS = ("factorized", "dense", "token", "none")
+
+
+def build(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return DeepAVFusion(replace(SMALL, **changes)).to(dtype)
+
+
+def batch(config=SMALL, B=2, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(B, 3, *config.image_size, generator=g).to(dtype),
+        torch.randn(B, 1, *config.audio_size, generator=g).to(dtype),
+    )
+
+
+def masks(config=SMALL, B=2, image=5, audio=2):
+    g = torch.Generator().manual_seed(1)
+    sizes = [(grid[0] * grid[1], kept) for grid, kept in ((config.image_grid, image), (config.audio_grid, audio))]
+    return [torch.rand(B, n, generator=g).argsort(1)[:, :kept] for n, kept in sizes]
+
+
+def golden_encoder(kind):
+    with safe_open(GOLDEN / f"encoder_{kind}.safetensors", "pt") as file:
+        arguments, golden = file.metadata(), {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
+    tokens, image_agg, audio_agg = json.loads(arguments["fusion_tkns"])
+    config = EncoderConfig(
+        dim=int(arguments["dim"]), depth=int(arguments["depth"]), num_heads=int(arguments["num_heads"]),
+        image_size=json.loads(arguments["image_size"]), audio_size=json.loads(arguments["audio_size"]),
+        fusion=kind, fusion_tokens=tokens, image_agg_tokens=image_agg or 8, audio_agg_tokens=audio_agg or 8,
+        fusion_mlp_ratio=float(arguments["fusion_mlp_ratio"]), fusion_attn_ratio=float(arguments["fusion_attn_ratio"]),
+    )  # fmt: skip
+    model = DeepAVFusion(config).double()
+    prefix = "param.encoder."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)})
+    return model, golden
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", None])
+@pytest.mark.parametrize("kind", ["token", "dense", "factorized"])
+def test_golden_outputs_of_the_release_after_every_layer(kind, backend):
+    model, golden = golden_encoder(kind)
+    with avfkernels.backend(backend), torch.no_grad():
+        *out, embs = model(golden["image"], golden["audio"], return_embs=True)
+    names = ("image", "audio", "fusion")
+    pairs = [(got, golden[f"full_{name}"]) for got, name in zip(out, names, strict=True)]
+    for layer, layer_out in enumerate(embs):
+        pairs += [(got, golden[f"emb{layer}.{name}"]) for got, name in zip(layer_out, names, strict=True)]
+    assert len(pairs) == 9
+    for got, expected in pairs:
+        assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
+
+
+def test_the_fixed_positions_are_those_of_the_release():
+    model, golden = golden_encoder("dense")
+    for name, branch, grid in (("image", model.image, (4, 4)), ("audio", model.audio, (2, 3))):
+        expected = golden[f"param.encoder.{name}.pos_embed"]
+        torch.testing.assert_close(sincos_position_embedding(64, grid).double(), expected, rtol=0, atol=1e-6)
+        assert branch.pos_embed.shape == expected.shape
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_outputs_and_gradients_equal_the_materialising_reference(fusion, masked):
+    model = build(torch.float64, fusion=fusion)
+    inputs, keep = batch(dtype=torch.float64), masks() if masked else ()
+    results = []
+    for backend in ("reference", None):
+        with avfkernels.backend(backend):
+            out = model(*inputs, *keep)
+        loss = sum(o.sin().sum() for o in out)
+        results.append((*out, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=fusion == "none")))
+    for expected, got in zip(*results, strict=True):
+        assert (expected is None) == (got is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("fusion", ["dense", "factorized"])
+def test_vit_b_in_float64_differs_from_the_reference_by_less_than_1e_10(fusion):
+    torch.manual_seed(0)
+    model = DeepAVFusion(EncoderConfig(fusion=fusion, image_size=(64, 64), audio_size=(32, 64))).double().eval()
+    inputs = batch(model.config, B=1, dtype=torch.float64)
+    with torch.no_grad():
+        ours = model(*inputs)
+        with avfkernels.backend("reference"):
+            exact = model(*inputs)
+    assert max((a - b).abs().max().item() for a, b in zip(ours, exact, strict=True)) < 1e-10
+
+
+def test_masks_keep_the_named_patches():
+    model = build(fusion="none")
+    inputs, keep = batch(), masks()
+    x_image, x_audio, _ = model(*inputs, *keep, return_embs=True)[3][0]
+    assert x_image.shape[1] == 5
+    assert x_audio.shape[1] == 2
+    everything = [torch.arange(n).expand(2, -1) for n in (12, 6)]
+    torch.testing.assert_close(model(*inputs, *everything), model(*inputs))
+    tokens = model.image.embed(inputs[0], None)
+    assert torch.equal(model.image.embed(inputs[0], keep[0])[1, 3], tokens[1, keep[0][1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("fusion_layers", "depth", "layers"),
+    [
+        ("all", 3, (0, 1, 2)),
+        ("none", 3, ()),
+        ("late", 3, (2,)),
+        ("mid", 6, (2, 3, 4, 5)),
+        ("mid", 2, (0, 1)),
+        ("0-2", 3, (0, 2)),
+        ("1", 3, (1,)),
+    ],
+)
+def test_fusion_layers(fusion_layers, depth, layers):
+    model = build(fusion="dense", depth=depth, fusion_layers=fusion_layers)
+    assert model.config.layers_with_fusion == layers
+    keys = {int(key.split(".")[1]) for key in model.state_dict() if key.startswith("fusion_blocks.")}
+    assert keys == set(layers)
+    assert model(*batch())[2].shape == (2, 5, 64)
+
+
+def test_without_fusion_the_branches_do_not_see_each_other():
+    model, (image, audio) = build(fusion="none"), batch()
+    x_image, x_audio, x_fusion = model(image, audio)
+    other = model(image, 2 * audio)
+    assert torch.equal(x_image, other[0])
+    assert not torch.allclose(x_audio, other[1])
+    torch.testing.assert_close(x_fusion, model.fusion_norm(model.fusion_tokens).expand(2, -1, -1))
+    fused = build(fusion="dense")
+    assert not torch.allclose(fused(image, audio)[0], fused(image, 2 * audio)[0])
+
+
+def test_state_dict_keys_are_those_of_the_release():
+    for kind in ("token", "dense", "factorized"):
+        model, golden = golden_encoder(kind)
+        assert set(model.state_dict()) == {k.removeprefix("param.encoder.") for k in golden if k.startswith("param.")}
+    assert "image.pos_embed" not in dict(model.named_parameters())
+
+
+def test_layer_norm_eps_is_1e_6_in_the_vits_and_1e_5_elsewhere():
+    for name, module in build().named_modules():
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == (1e-6 if name.startswith(("image.", "audio.")) else 1e-5), name
+
+
+@pytest.mark.parametrize("fusion", ["factorized", "dense", "token"])
+def test_attention_maps_are_distributions_over_patches(fusion):
+    model = build(fusion=fusion, depth=3, fusion_layers="0-2")
+    maps = model.attention_maps(*batch())
+    assert list(maps) == [0, 2]
+    for alpha, beta in maps.values():
+        assert alpha.shape == (2, 4, 5, 6)
+        assert beta.shape == (2, 4, 5, 12)
+        total = alpha.sum(-1) + beta.sum(-1)
+        torch.testing.assert_close(total, torch.full_like(total, 1.0 if fusion == "token" else 2.0))
+
+
+def test_attention_maps_are_those_of_the_tokens_that_enter_the_layer():
+    model, inputs = build(fusion="dense"), batch()
+    embs = model(*inputs, return_embs=True)[3]
+    x_image, x_audio, x_fusion = embs[0]
+    _, alpha, beta = model.fusion_blocks["1"](x_fusion, x_image, x_audio, return_attention=True)
+    torch.testing.assert_close(model.attention_maps(*inputs)[1], (alpha, beta))
+    assert build(fusion="none").attention_maps(*inputs) == {}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_compiles_whole_forward_and_backward_masked_and_full(fusion):
+    torch._dynamo.reset()
+    model = build(fusion=fusion)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for keep in ((), masks()):
+        torch.testing.assert_close(compiled(*batch(), *keep), model(*batch(), *keep))
+    sum(o.sin().sum() for o in compiled(*batch())).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    sum(o.sin().sum() for o in model(*batch())).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(grads[name], parameter.grad, msg=name)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor compiles with a C++ compiler")
+def test_inductor_compiles_the_encoder_whole():
+    torch._dynamo.reset()
+    model = build(fusion="factorized", depth=1).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, fullgraph=True)(*batch()), model(*batch()), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_runs_in_bfloat16_under_autocast_and_on_meta_tensors():
+    model, inputs = build(), batch()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for got, expected in zip(model(*inputs), build()(*inputs), strict=True):
+            torch.testing.assert_close(got.float(), expected.float(), rtol=0.1, atol=0.2)
+    assert build(torch.bfloat16)(*batch(dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+    assert model.to("meta")(*(x.to("meta") for x in inputs))[2].shape == (2, 12, 64)
+
+
+def test_drop_path_reaches_every_block_and_rests_in_eval():
+    model = build(drop_path=0.5)
+    assert not torch.equal(model(*batch())[2], model(*batch())[2])
+    model.eval()
+    torch.testing.assert_close(model(*batch()), build().eval()(*batch()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fusion": "early"}, "fusion must be one of"),
+        ({"interaction": "product"}, "interaction='product' belongs to fusion='dense', not 'factorized'"),
+        ({"fusion": "dense", "interaction": "max"}, "interaction must be 'sum' or 'product'"),
+        ({"num_heads": 5}, "dim = 64 must be a multiple of num_heads = 5"),
+        ({"image_size": (60, 64)}, r"image_size = \(60, 64\) must be two multiples of patch_size 16"),
+        ({"fusion_layers": "0-7"}, "each below depth = 2; got '0-7'"),
+        ({"fusion_layers": "early"}, "got 'early'"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"audio_agg_tokens": 0}, "audio_agg_tokens must be at least 1"),
+    ],
+)
+def test_a_config_that_cannot_be_built_names_the_field(changes, message):
+    with pytest.raises(ValueError, match=f"EncoderConfig: .*{message}"):
+        replace(SMALL, **changes)
+
+
+def test_forward_errors_name_the_argument_and_the_shape():
+    model, (image, audio) = build(), batch()
+    with pytest.raises(ValueError, match=r"image must have shape \[B, 3, 64, 48\].*got \[2, 3, 64, 64\]"):
+        model(torch.zeros(2, 3, 64, 64), audio)
+    with pytest.raises(ValueError, match=r"audio must have shape \[B, 1, 32, 48\]"):
+        model(image, audio[:1])
