@@ -7,8 +7,6 @@ is an op of its own behind them (`avfkernels::pair_attention_cpu`), with a fake 
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 
 from avfkernels import _backends
@@ -66,17 +64,10 @@ def _run(op: str, arguments: dict):
 
 
 def _define(op: str, schema: str) -> None:
-    signature = inspect.Signature(
-        [
-            inspect.Parameter(argument.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=argument.default_value)
-            for argument in torch._C.parse_schema(op + schema).arguments
-        ]
-    )
+    defaults = {argument.name: argument.default_value for argument in torch._C.parse_schema(op + schema).arguments}
 
     def composite(*args, **kwargs):
-        arguments = signature.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        return _run(op, arguments.arguments)
+        return _run(op, defaults | dict(zip(defaults, args, strict=False)) | kwargs)
 
     _library.define(op + schema)
     _library.impl(op, composite, "CompositeImplicitAutograd")

@@ -1,0 +1,189 @@
+"""The command line: `avfusion embed CLIP...`."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
+    from avfusion.features import Features
+    from avfusion.model import DeepAVFusion
+
+VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm")
+
+EMBED_HELP = """\
+Turn video clips into audio-visual features.
+
+Of each clip the model sees three seconds of sound around the middle and the frame there. The output is a safetensors
+file with one row for each clip that could be read, float32 (the shapes are those of ViT-B):
+
+  x_image    [N, 196, 768]   one vector for each of the 14 x 14 image patches
+  x_audio    [N,  96, 768]   one for each of the 8 x 12 patches of the log-mel spectrogram
+  x_fusion   [N,  32, 768]   the fusion tokens, which have seen both (dense and token fusion: 16)
+  pooled     [N,   3, 768]   means over the tokens: image, audio, fusion
+
+Its metadata lists the clips of the rows, where their windows start, the clips that failed, and the model.
+"""
+
+EMBED_EPILOG = """\
+examples:
+  avfusion embed clip.mp4 --checkpoint deepavfusion.pth
+  avfusion embed videos/ --checkpoint deepavfusion.pth --out videos.safetensors --workers 4
+  avfusion embed clip.mp4 --checkpoint deepavfusion.pth --plot      # also features_plots/clip.png
+
+in Python:
+  from avfusion.features import Features
+  features = Features.load("features.safetensors")
+  features.clips[0], features.pooled[0]
+
+exit status: 0 all clips embedded, 1 some clips failed (the others are written), 2 usage or checkpoint error
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line on `argv` (None: the process's own) and return its exit status; usage errors exit with 2."""
+    parser = argparse.ArgumentParser(
+        prog="avfusion", description="DeepAVFusion: early fusion of picture and sound.",
+        epilog="`avfusion COMMAND --help` explains a command.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_embed(commands)
+    args = parser.parse_args(argv)
+    return args.run(args, args.parser)
+
+
+def _add_embed(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "embed", help="turn video clips into features", description=EMBED_HELP, epilog=EMBED_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("clips", nargs="+", type=Path, metavar="CLIP", help="video file, or directory to search for video files")
+    add("--checkpoint", metavar="W", help="trained weights; without them the features are random numbers")
+    add("--out", type=Path, default="features.safetensors", help="output file (default: %(default)s)")
+    add("--plot", nargs="?", type=Path, const=True, metavar="DIR",
+        help="draw clips and the fusion tokens' attention too (default DIR: <out stem>_plots by --out)")  # fmt: skip
+    add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
+    add("--batch-size", type=_count(1), default=8, metavar="N", help="clips at a time (default: %(default)s)")
+    add("--workers", type=_count(0), default=0, metavar="N", help="processes that decode ahead (default: %(default)s)")
+    add("--fusion", choices=["factorized", "dense", "token", "none"],
+        help="only without --checkpoint: the kind of fusion (default: factorized)")  # fmt: skip
+    add("--seed", type=int, help="only without --checkpoint: seed of the random weights (default: 0)")
+    parser.set_defaults(run=_embed, parser=parser)
+
+
+def _count(least: int):
+    def count(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return count
+
+
+def _embed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    paths = _video_files(args.clips, parser)
+    if args.checkpoint and (args.fusion or args.seed is not None):
+        parser.error("--fusion and --seed describe random weights: leave them out, the checkpoint decides")
+    plots = args.out.with_name(f"{args.out.stem}_plots") if args.plot is True else args.plot
+    if plots and plots.is_file():
+        parser.error(f"--plot {plots}: a file, expected a directory; put the clips before --plot")
+    if args.out.is_dir():
+        parser.error(f"--out {args.out}: a directory, expected the name of a file")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        if plots:
+            plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot make the output directory: {error}")
+
+    model = _model(args, parser)
+
+    from avfusion.features import embed_clips
+
+    progress = sys.stderr.isatty()
+    features = embed_clips(model, paths, batch_size=args.batch_size, num_workers=args.workers, progress=progress)
+    features.checkpoint = args.checkpoint
+    if features.clips:
+        features.save(args.out)
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in features.tensors().items())
+        print(f"{args.out}: {shapes}")
+        if plots:
+            _plot(model, features, plots, progress)
+            print(f"{plots}: {len(features.clips)} pictures")
+    else:
+        print(f"no clip could be read: {args.out} is not written", file=sys.stderr)
+    if features.failed:
+        print(f"{len(features.failed)} of {len(paths)} clips failed:", file=sys.stderr)
+        for error in features.failed:
+            print(f"  {error}", file=sys.stderr)
+    return 1 if features.failed else 0
+
+
+def _video_files(clips: Iterable[Path], parser: argparse.ArgumentParser) -> list[Path]:
+    """Files as given, directories as the video files under them; each once."""
+    paths = []
+    for clip in clips:
+        found = [clip]
+        if clip.is_dir():
+            found = sorted(p for p in clip.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+        if not found:
+            parser.error(f"{clip}: no video files ({' '.join(VIDEO_SUFFIXES)}) under this directory")
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def _model(args: argparse.Namespace, parser: argparse.ArgumentParser) -> "DeepAVFusion":
+    import torch
+
+    from avfusion.model import DeepAVFusion, EncoderConfig
+
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for missing devices
+        parser.error(f"--device {name}: {str(error).splitlines()[0]}")
+
+    if args.checkpoint:
+        from avfusion.checkpoint import CheckpointError, load_encoder
+
+        try:
+            return load_encoder(args.checkpoint).to(device)
+        except CheckpointError as error:
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print("WARNING: no --checkpoint: the weights are RANDOM and the features mean nothing", file=sys.stderr)
+    torch.manual_seed(args.seed or 0)
+    return DeepAVFusion(EncoderConfig(fusion=args.fusion or "factorized")).to(device)
+
+
+def _plot(model: "DeepAVFusion", features: "Features", directory: Path, progress: bool) -> None:
+    """Draw every clip of `features` into `directory`, with the last fusion layer's attention."""
+    import torch
+    from tqdm import tqdm
+
+    from avfusion.clips import read_clip
+    from avfusion.features import preprocessing
+    from avfusion.plots import plot_clip
+
+    weight = next(model.parameters())
+    transform, mel, window = preprocessing(model.config)
+    weights = Path(features.checkpoint).name if features.checkpoint else "random weights: the attention means nothing"
+    taken = set()
+    rows = zip(features.clips, features.starts, strict=True)
+    for path, start in tqdm(rows, total=len(features.clips), unit="plot", disable=not progress):
+        clip = read_clip(path, start=start, **window)
+        image, spectrogram = transform(clip.frame), mel(clip.waveform)
+        with torch.inference_mode():
+            batch = (x[None].to(weight.device, weight.dtype) for x in (image, spectrogram))
+            maps = model.eval().attention_maps(*batch)
+        layer = max(maps, default=None)
+        audio, video = (attention[0] for attention in maps[layer]) if maps else (None, None)
+        note = f"{weights}  ·  layer {layer}" if maps else f"{weights}  ·  no fusion layers"
+
+        name, number = Path(path).stem, 1
+        while name in taken:  # clips of one name in several directories
+            number += 1
+            name = f"{Path(path).stem}-{number}"
+        taken.add(name)
+        plot_clip(directory / f"{name}.png", clip, image, spectrogram[0], video, audio, note=note)

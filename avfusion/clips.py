@@ -1,0 +1,331 @@
+"""Real clips in: one frame and a few seconds of sound out of any video file, and the transforms that feed the model.
+
+`read_clip` decodes with PyAV; `image_transform` and `LogMel` turn its frame and its waveform into the model's two
+inputs; `ClipDataset` does this for a list of files and carries unreadable ones along as `ClipError` values.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import av
+import torch
+import torchaudio.functional as AF
+from av.stream import Disposition
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+from torchvision.transforms import v2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+TRUNCATED = "nothing decodes after {:.2f} s of {:.2f} s: the file is truncated or damaged, fetch or export it again"
+
+
+class ClipError(ValueError):
+    """A clip that cannot be read: `path`, the `stream` at fault ("file", "video" or "audio") and the `reason`."""
+
+    def __init__(self, path: str, stream: str, reason: str):
+        super().__init__(path, stream, reason)  # all three in args: the error crosses process boundaries by pickling
+        self.path, self.stream, self.reason = path, stream, reason
+
+    def __str__(self) -> str:
+        where = "" if self.stream == "file" else f"{self.stream} stream: "
+        return f"{self.path}: {where}{self.reason}"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One frame and the sound around it. Times are in seconds from the file's beginning, as a player shows them."""
+
+    frame: Image.Image  # RGB, upright
+    waveform: Tensor  # [1, samples] float32, mono, in [-1, 1]
+    start: float  # of the waveform
+    frame_time: float
+    path: str
+
+
+def read_clip(
+    path: str | os.PathLike,
+    *,
+    start: float | None = None,
+    duration: float = 3.0,
+    sample_rate: int = 16000,
+    frame: str = "middle",
+    generator: torch.Generator | None = None,
+) -> Clip:
+    """Decode one frame and `duration` seconds of mono sound from a video file.
+
+    Any container and codec that PyAV opens will do. Only the window is decoded, after a seek to shortly before it.
+
+    Args:
+        start: where the window begins, in seconds; None centres it on the part of the clip that has picture and sound.
+        duration: length of the window in seconds.
+        sample_rate: of the returned waveform, in Hz.
+        frame: "middle" takes the frame nearest to the middle of the window's part that has picture and sound;
+            "random" the one nearest to a uniformly random time there.
+        generator: makes the random time reproducible; None uses torch's global generator.
+
+    The waveform has exactly `round(duration * sample_rate)` samples in [-1, 1], the mean of all channels. It follows
+    the file's timestamps: to the sample in MP4 and MOV, to the millisecond that Matroska and WebM store. Moments
+    without sound before or inside the audio stream are silent; a window that reaches past its end is filled by
+    reflection, as in the paper. Rotation stored with the video (phones) is applied, mirroring is not.
+
+    Raises:
+        ClipError: the file is missing, empty or no video; has no video or no audio stream; is truncated or damaged
+            inside the window; `start` lies outside the clip; the sound is not finite.
+        ValueError: another argument is out of range.
+    """
+    samples = round(duration * sample_rate)
+    if samples < 1:
+        raise ValueError(f"duration={duration} s at sample_rate={sample_rate} Hz is not a single sample: give more")
+    if frame not in ("middle", "random"):
+        raise ValueError(f'frame={frame!r}: expected "middle" or "random"')
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        what = "a directory" if os.path.isdir(path) else "no such file"
+        raise ClipError(path, "file", f"{what}: give the path of a video file")
+    if os.path.getsize(path) == 0:
+        raise ClipError(path, "file", "zero bytes: fetch or export it again")
+
+    with _av_errors(path, "file", "not a video that can be opened"):
+        # The prefix keeps a name such as "http:clip.mp4" from meaning a protocol. Tags come in all encodings.
+        container = av.open(f"file:{path}", metadata_errors="replace")
+    with container:
+        reader = _Reader(path, container)
+        (v_begin, v_end), (a_begin, a_end) = reader.extent[reader.video], reader.extent[reader.audio]
+        if start is None:
+            middle = (max(v_begin, a_begin) + min(v_end, a_end)) / 2
+            start = max(min(middle - duration / 2, a_end - duration), a_begin)
+        elif not 0 <= start < a_end:
+            raise ClipError(path, "audio", f"start={start} s is outside the clip, which lasts {a_end:.2f} s")
+        first = round(start * sample_rate)
+        start = first / sample_rate
+
+        begin, end = max(start, v_begin), min(start + duration, v_end, a_end)
+        u = 0.5 if frame == "middle" else torch.rand((), generator=generator).item()
+        image, frame_time = reader.nearest_frame(min(begin + u * (end - begin), v_end))
+        waveform = reader.waveform(first, samples, sample_rate)
+    return Clip(image, waveform, start, frame_time, path)
+
+
+@contextmanager
+def _av_errors(path: str, stream: str, problem: str) -> Iterator[None]:
+    """Turn PyAV's errors into a `ClipError`. IndexError is what it raises where a stream appears in mid-file."""
+    try:
+        yield
+    except (av.FFmpegError, IndexError) as error:
+        why = getattr(error, "strerror", error)
+        reason = f"{problem} ({why}): it may be damaged or truncated, fetch or export it again"
+        raise ClipError(path, stream, reason) from error
+
+
+class _Reader:
+    """An open container, its two streams, and when they begin and end (seconds from the file's beginning)."""
+
+    def __init__(self, path: str, container: av.container.InputContainer):
+        self.path, self.container = path, container
+        self.video, self.audio = self._stream("video"), self._stream("audio")
+        self.origin = (container.start_time or 0) / av.time_base
+        with _av_errors(path, "file", "cannot be read"):
+            self.extent = self._extents()
+        for stream in (self.video, self.audio):
+            if stream not in self.extent:
+                raise ClipError(path, stream.type, "it is empty: fetch or export the clip again")
+
+    def _stream(self, kind: str) -> av.stream.Stream:
+        stream = self.container.streams.best(kind)
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise ClipError(self.path, kind, f"no {kind} stream in the file: the model needs picture and sound")
+        if stream.codec_context is None:
+            raise ClipError(self.path, kind, "no decoder for its codec: convert it to H.264 and AAC, for instance")
+        return stream
+
+    def _extents(self) -> dict[av.stream.Stream, tuple[float, float]]:
+        streams = (self.video, self.audio)
+        if all(s.duration and s.start_time is not None for s in streams):
+            spans = {s: (s.start_time * s.time_base, (s.start_time + s.duration) * s.time_base) for s in streams}
+        else:  # Matroska, WebM and FLV tell no duration of a stream: look at the packets, without decoding them
+            spans = {}
+            for packet in self.container.demux():
+                if packet.pts is not None:
+                    at, stop = packet.pts * packet.time_base, (packet.pts + (packet.duration or 0)) * packet.time_base
+                    begin, end = spans.get(packet.stream, (at, stop))
+                    spans[packet.stream] = min(begin, at), max(end, stop)
+            promised = self.origin + (self.container.duration or 0) / av.time_base
+            if max((end for _, end in spans.values()), default=0) < promised - 0.25:
+                # The file is cut. What is gone counts as promised, so that a window there is refused and not padded.
+                spans = {stream: (begin, promised) for stream, (begin, _) in spans.items()}
+        return {s: (float(begin - self.origin), float(end - self.origin)) for s, (begin, end) in spans.items()}
+
+    def _decode(self, stream: av.stream.Stream, time: float) -> Iterator[tuple[float, av.frame.Frame]]:
+        """Frames of a stream with their times, from a keyframe at or before `time` (where the container can tell)."""
+        with _av_errors(self.path, stream.type, "cannot be decoded"):
+            # Not before zero, which AVI and FLV refuse; MPEG-TS needs a time before the first frame's, and zero is.
+            time = max(time + self.origin, min(self.extent[stream][0] + self.origin, 0))
+            self.container.seek(int(time / stream.time_base), stream=stream)
+            for frame in self.container.decode(stream):
+                if frame.pts is None:
+                    raise ClipError(self.path, stream.type, "its frames have no timestamps: convert it to MP4")
+                yield float(frame.pts * frame.time_base) - self.origin, frame
+
+    def nearest_frame(self, target: float) -> tuple[Image.Image, float]:
+        """The frame nearest to `target` seconds, upright, and its time."""
+        # Some containers seek by decoding order or only roughly: start well ahead, and where that still comes out too
+        # late, decode from the very beginning.
+        for seek in (target - 1, -math.inf):
+            near = []  # the last frame up to the target and the first one after it
+            for time, frame in self._decode(self.video, seek):
+                near = [*near[-1:], (time, frame)]
+                if time > target:
+                    break
+            if near and near[0][0] <= target:
+                break
+        begin, end = self.extent[self.video]
+        shown_until = time + float((frame.duration or 0) * frame.time_base) if near else begin
+        if not near or shown_until < target - 0.5:
+            raise ClipError(self.path, "video", TRUNCATED.format(shown_until, end))
+        time, frame = min(near, key=lambda found: abs(found[0] - target))
+        image = frame.to_image()
+        # Both count degrees counter-clockwise.
+        return image.rotate(frame.rotation, expand=True) if frame.rotation else image, time
+
+    def waveform(self, first: int, samples: int, sample_rate: int) -> Tensor:
+        """The sound at `sample_rate`, from sample `first` on counted from the file's beginning: [1, samples]."""
+        rate = self.audio.rate
+        # The buffer begins at a time where both rates have a sample, so that resampling shifts nothing; 50 ms on
+        # either side are more than the filter's width.
+        step = rate // math.gcd(rate, sample_rate)
+        begin = math.floor((first / sample_rate - 0.05) * rate / step) * step
+        stop = math.ceil(((first + samples) / sample_rate + 0.05) * rate)
+        buffer, filled, expected = torch.zeros(1, stop - begin), begin, None
+        for time, frame in self._decode(self.audio, begin / rate - 0.5):  # half a second for codecs to settle in
+            if frame.sample_rate != rate:
+                raise ClipError(self.path, "audio", f"the sample rate changes from {rate} to {frame.sample_rate} Hz")
+            at = round(time * rate)
+            if expected is not None and abs(at - expected) < 0.005 * rate:
+                at = expected  # rounded timestamps must not tear neighbouring frames apart
+            expected = at + frame.samples
+            lo, hi = max(at, begin), min(expected, stop)
+            if lo < hi:
+                buffer[0, lo - begin : hi - begin] = _mono(frame)[lo - at : hi - at]
+                filled = hi
+            if expected >= stop:
+                break
+        else:
+            end = self.extent[self.audio][1]
+            if filled / rate < min(end, (first + samples) / sample_rate) - 0.25:
+                raise ClipError(self.path, "audio", TRUNCATED.format(filled / rate, end))
+        if not buffer.isfinite().all():
+            raise ClipError(self.path, "audio", "the samples are not finite: export the clip again")
+        skip = first - begin * sample_rate // rate
+        there = min(filled * sample_rate // rate - first, samples)
+        if there < 1:
+            raise ClipError(self.path, "audio", f"no sound in the window that starts at {first / sample_rate:.2f} s")
+        sound = AF.resample(buffer, rate, sample_rate)[:, skip : skip + there]
+        return _reflect(sound.clamp(-1, 1), samples)
+
+
+def _mono(frame: av.AudioFrame) -> Tensor:
+    """Mean of the channels of a decoded frame, whatever its sample format: [samples] float32, full scale 1."""
+    x = torch.from_numpy(frame.to_ndarray())
+    x = x if frame.format.is_planar else x.reshape(frame.samples, -1).T
+    if x.dtype == torch.uint8:
+        return (x.float().mean(0) - 128) / 128
+    return x.float().mean(0) / (1 if x.is_floating_point() else -torch.iinfo(x.dtype).min)
+
+
+def _reflect(x: Tensor, samples: int) -> Tensor:
+    """The first `samples` of [x, reversed x, x, reversed x, ...]."""
+    period = torch.cat([x, x.flip(-1)], -1)
+    return period.repeat(1, math.ceil(samples / period.shape[-1]))[:, :samples]
+
+
+def image_transform(size: tuple[int, int] = (224, 224), train: bool = False, crop_min: float = 0.5) -> v2.Transform:
+    """PIL image -> float32 [3, *size], normalised with ImageNet's mean and standard deviation.
+
+    `train` takes a random crop of at least `crop_min` of the area, mirrored half the time. Otherwise it is the centre
+    of the image, the short side scaled to 8/7 of `size` (256 pixels, of which 224 are kept), as the paper evaluates.
+    """
+    if train:
+        geometry = [v2.RandomResizedCrop(size, scale=(crop_min, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+    else:
+        geometry = [v2.Resize(int(max(size) / 0.875), antialias=True), v2.CenterCrop(size)]
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    return v2.Compose([*geometry, *to_tensor, v2.ToPureTensor()])
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram: waveform [..., samples] -> log10(mel + 1e-7) [..., n_mels, samples // hop], float32.
+
+    Power spectra of 50 ms Hann windows, 64 a second, over `n_mels` triangular bands (HTK scale, lowest first). 3 s at
+    16 kHz give [128, 192]. Runs in float32 under autocast too, since squared magnitudes leave the range of half
+    precision. The window and the filter bank are constants: they follow `.to(device)` but are in no state dict.
+
+    Raises ValueError where the waveform is shorter than half a window.
+    """
+
+    def __init__(self, sample_rate: int = 16000, n_mels: int = 128):
+        super().__init__()
+        self.sample_rate, self.n_fft, self.hop = sample_rate, int(sample_rate * 0.05), sample_rate // 64
+        fbanks = AF.melscale_fbanks(self.n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate)
+        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
+        self.register_buffer("fbanks", fbanks, persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        if waveform.shape[-1] <= self.n_fft // 2:
+            raise ValueError(f"waveform {tuple(waveform.shape)}: expected more than {self.n_fft // 2} samples")
+        with torch.autocast(waveform.device.type, enabled=False):
+            spectrum = AF.spectrogram(
+                waveform.float(), 0, self.window, self.n_fft, self.hop, self.n_fft, power=2.0, normalized=False
+            )
+            mel = self.fbanks.T @ spectrum
+            return torch.log10(mel[..., : waveform.shape[-1] // self.hop] + 1e-7)
+
+
+class Sample(NamedTuple):
+    """A readable clip of a `ClipDataset`, or, collated, a batch of them."""
+
+    image: Tensor  # [3, H, W] float32
+    waveform: Tensor  # [1, samples] float32
+    index: int  # into the dataset's paths
+    start: float  # of the waveform, seconds
+
+
+class ClipDataset(Dataset):
+    """Video files as `Sample`s. A file that cannot be read gives its `ClipError` as the item instead of raising it.
+
+    Pass `collate_clips` to the DataLoader: one bad file then costs neither the batch nor the epoch. `transform` turns
+    the PIL frame into the image tensor; `duration`, `sample_rate` and `frame` are those of `read_clip`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | os.PathLike],
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        duration: float = 3.0,
+        sample_rate: int = 16000,
+        frame: str = "middle",
+    ):
+        self.paths, self.transform = list(paths), transform
+        self.window = {"duration": duration, "sample_rate": sample_rate, "frame": frame}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> "Sample | ClipError":
+        try:
+            clip = read_clip(self.paths[index], **self.window)
+        except ClipError as error:
+            return error
+        return Sample(self.transform(clip.frame), clip.waveform, index, clip.start)
+
+
+def collate_clips(items: list[Sample | ClipError]) -> tuple[Sample | None, list[ClipError]]:
+    """Batch the readable clips (None where there is none) and list the failures, both in order."""
+    good = [item for item in items if isinstance(item, Sample)]
+    return default_collate(good) if good else None, [item for item in items if isinstance(item, ClipError)]

@@ -1,0 +1,145 @@
+"""Pictures of what the fusion tokens look at: the frame, the spectrogram and the attention over both."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from avfusion.clips import IMAGENET_MEAN, IMAGENET_STD, Clip
+
+SPECTROGRAM, ATTENTION = "magma", "inferno"  # both perceptually uniform
+TOKENS = 8  # fusion tokens shown one by one
+
+
+def plot_clip(
+    path: str | os.PathLike,
+    clip: Clip,
+    image: Tensor,
+    spectrogram: Tensor,
+    attention_image: Tensor | None = None,
+    attention_audio: Tensor | None = None,
+    *,
+    note: str = "",
+) -> None:
+    """Draw one clip, and where its fusion tokens attend, into an image file (PNG, PDF or SVG by `path`'s suffix).
+
+    Args:
+        clip: names the clip and places the window and the frame in time.
+        image: the model's input [3, H, W], ImageNet-normalised.
+        spectrogram: the model's input [mels, frames], log10 of power, as `LogMel` makes it.
+        attention_image: [heads, tokens, patches] over image patches, row by row; one layer of `attention_maps`.
+        attention_audio: likewise over spectrogram patches, lowest frequencies first. Without the two (a model without
+            fusion) only the inputs are drawn.
+        note: shown beside the title: which weights, which layer.
+
+    Attention is averaged over heads (and, in the large panels, over tokens) and given relative to uniform attention:
+    1 means that a patch gets its even share.
+    """
+    image = image.float().cpu() * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    image, spectrogram = image.clamp(0, 1).permute(1, 2, 0), spectrogram.float().cpu()
+    span = (clip.start, clip.start + spectrogram.shape[1] / 64)  # LogMel makes 64 frames a second
+
+    fused = attention_image is not None and attention_audio is not None
+    figure = Figure(figsize=(15, 6.9) if fused else (9, 3.6), dpi=110, layout="constrained")
+    figure.suptitle(Path(clip.path).name, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.text(0.99, 0.98, note, ha="right", va="top", fontsize=11, color="0.35")
+    rows = figure.add_gridspec(3 if fused else 1, 1, height_ratios=[3.1, 1.75, 1.15] if fused else None)
+    large = rows[0].subgridspec(1, 4 if fused else 2, width_ratios=[1.12, 1.11, 1.5, 1.45] if fused else [1, 1.7])
+
+    frame_panel, sound_panel = figure.add_subplot(large[0]), figure.add_subplot(large[2 if fused else 1])
+    frame_panel.imshow(image.numpy())
+    _bare(frame_panel, f"frame at {clip.frame_time:.2f} s")
+    decibels = 10 * spectrogram
+    shades = _spectrogram(sound_panel, decibels, span, SPECTROGRAM)
+    _time_and_pitch(sound_panel, spectrogram.shape, clip)
+    sound_panel.set_title("log-mel spectrogram", fontsize=10)
+    figure.colorbar(shades, ax=sound_panel, label="dB", pad=0.02)
+    if fused:
+        gray = (image @ torch.tensor([0.299, 0.587, 0.114])).numpy()
+        patch = math.isqrt(spectrogram.numel() // attention_audio.shape[-1])
+        over_image = _relative(attention_image, [side // patch for side in image.shape[:2]])
+        over_audio = _relative(attention_audio, [side // patch for side in spectrogram.shape])
+
+        panel = figure.add_subplot(large[1])
+        panel.imshow(gray, cmap="gray", extent=(0, 1, 0, 1))
+        heat = _heat(panel, over_image.mean(0), (0, 1, 0, 1), "upper")
+        _bare(panel, "attention over the frame")
+        figure.colorbar(heat, ax=panel, label="× uniform", pad=0.02, shrink=0.8)
+
+        panel = figure.add_subplot(large[3])
+        _spectrogram(panel, decibels, span, "gray")
+        heat = _heat(panel, over_audio.mean(0), _extent(spectrogram, span), "lower")
+        _time_and_pitch(panel, spectrogram.shape, clip)
+        panel.set_title("attention over the spectrogram", fontsize=10)
+        figure.colorbar(heat, ax=panel, label="× uniform", pad=0.02)
+
+        shown = min(TOKENS, len(over_image))
+        seen, heard = rows[1].subgridspec(1, shown), rows[2].subgridspec(1, shown)
+        for token in range(shown):
+            panel = figure.add_subplot(seen[token])
+            panel.imshow(gray, cmap="gray", extent=(0, 1, 0, 1))
+            _heat(panel, over_image[token], (0, 1, 0, 1), "upper", over_image[:shown])
+            _bare(panel, f"fusion token {token}")
+            panel = figure.add_subplot(heard[token])
+            _spectrogram(panel, decibels, span, "gray")
+            _heat(panel, over_audio[token], _extent(spectrogram, span), "lower", over_audio[:shown])
+            _bare(panel)
+    figure.savefig(path)
+
+
+def _relative(attention: Tensor, grid: list[int]) -> Tensor:
+    """[heads, tokens, patches] -> [tokens, rows, columns], mean over heads, 1 where attention is uniform."""
+    mean = attention.float().cpu().mean(0)
+    return (mean * mean.shape[-1]).unflatten(-1, grid)
+
+
+def _extent(spectrogram: Tensor, span: tuple[float, float]) -> tuple[float, float, float, float]:
+    return (*span, -0.5, len(spectrogram) - 0.5)
+
+
+def _spectrogram(panel: Axes, decibels: Tensor, span: tuple[float, float], cmap: str) -> AxesImage:
+    top = decibels.max().item()
+    return panel.imshow(
+        decibels.numpy(), cmap=cmap, vmin=top - 80, vmax=top,
+        origin="lower", extent=_extent(decibels, span), aspect="auto",
+    )  # fmt: skip
+
+
+def _heat(panel: Axes, attention: Tensor, extent: tuple, origin: str, scale: Tensor | None = None) -> ScalarMappable:
+    """Lay a patch grid, smoothly enlarged, over what is already drawn; small panels share the range of `scale`."""
+    scale = attention if scale is None else scale
+    smooth = torch.nn.functional.interpolate(attention[None, None], scale_factor=16, mode="bicubic")[0, 0]
+    low, high = scale.min().item(), scale.max().item()
+    alpha = 0.35 + 0.5 * ((smooth - low) / (high - low + 1e-12)).clamp(0, 1)
+    shades = ScalarMappable(Normalize(low, high), ATTENTION)  # opaque, for a colourbar that can be read
+    panel.imshow(
+        smooth.numpy(), cmap=ATTENTION, norm=shades.norm, alpha=alpha.numpy(),
+        origin=origin, extent=extent, aspect=panel.get_aspect(),
+    )  # fmt: skip
+    return shades
+
+
+def _bare(panel: Axes, title: str = "") -> None:
+    panel.set(xticks=[], yticks=[])
+    panel.set_title(title, fontsize=10)
+
+
+def _time_and_pitch(panel: Axes, shape: tuple[int, int], clip: Clip) -> None:
+    """Seconds along x, Hz along the mel-spaced y; a dotted line where the frame was taken."""
+    mels, frames = shape
+    top = clip.waveform.shape[-1] * 64 / frames / 2  # Nyquist frequency
+
+    def mel(hz: float) -> float:
+        return math.log10(1 + hz / 700)
+
+    hertz = [f for f in (250, 500, 1000, 2000, 4000, 8000, 16000) if f <= top]
+    panel.set_yticks([mel(f) / mel(top) * (mels + 1) - 1 for f in hertz], [f"{f:,}" for f in hertz])
+    panel.set(xlabel="time (s)", ylabel="frequency (Hz)")
+    panel.axvline(clip.frame_time, color="white", linewidth=1, linestyle=":")

@@ -1,0 +1,262 @@
+"""From clips to features: the functions, the file, and the `avfusion embed` command."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import avfusion.model
+from avfusion.cli import main
+from avfusion.clips import ClipError, LogMel, image_transform, read_clip
+from avfusion.features import Features, embed, embed_clips
+from avfusion.model import DeepAVFusion, EncoderConfig
+
+from .media import noise, write_clip
+
+# 1 s of 32 mel bands (4 x 2 patches of 16) beside 32 x 48 pixels (2 x 3 patches).
+SMALL = {"dim": 32, "depth": 2, "num_heads": 2, "image_size": (32, 48), "audio_size": (32, 64), "fusion_tokens": 4}
+
+
+def small_model(**options):
+    torch.manual_seed(0)
+    return DeepAVFusion(EncoderConfig(**SMALL | {"fusion": "dense"} | options))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Four good clips of different containers; a file without sound; a missing one."""
+    folder = tmp_path_factory.mktemp("clips")
+    good = [write_clip(folder / name, seconds=2, sound=noise) for name in ("a.mp4", "b.mkv", "c.mov")]
+    good.append(write_clip(folder / "d.webm", seconds=2, sound=noise, video="libvpx", audio="libopus"))
+    silent = write_clip(folder / "silent.mp4", seconds=1, audio=None)
+    return {"good": good, "silent": silent, "missing": str(folder / "missing.mp4")}
+
+
+def test_features_are_the_models_outputs_for_the_middle_of_the_clip(clips):
+    model = small_model().eval()
+    features = embed(model, clips["good"][0])
+    clip = read_clip(clips["good"][0], duration=1.0)
+    image, audio = image_transform((32, 48))(clip.frame), LogMel(n_mels=32)(clip.waveform)
+    with torch.no_grad():
+        expected = model(image[None], audio[None])
+    for name, x in zip(("x_image", "x_audio", "x_fusion"), expected, strict=True):
+        torch.testing.assert_close(features[name], x[0])
+    assert features["pooled"].shape == (3, 32)
+    torch.testing.assert_close(features["pooled"], torch.stack([x[0].mean(0) for x in expected]))
+
+
+def test_rows_follow_the_clips_and_failures_are_listed(clips):
+    model = small_model()
+    a, b, c, d = clips["good"]
+    features = embed_clips(model, [clips["missing"], a, b, clips["silent"], c, d], batch_size=2)
+    assert features.clips == [a, b, c, d]
+    assert features.starts == pytest.approx([0.5] * 4, abs=0.03)
+    assert [(e.path, e.stream) for e in features.failed] == [(clips["missing"], "file"), (clips["silent"], "audio")]
+    assert features.x_image.shape == (4, 6, 32)
+    assert features.x_audio.shape == (4, 8, 32)
+    assert features.x_fusion.shape == (4, 4, 32)
+    for row, path in enumerate(features.clips):
+        torch.testing.assert_close(features.pooled[row], embed(model, path)["pooled"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["factorized", "token", "none"])
+def test_every_kind_of_fusion_has_features(clips, fusion):
+    features = embed(small_model(fusion=fusion), clips["good"][0])
+    assert all(x.isfinite().all() and x.dtype == torch.float32 for x in features.values())
+
+
+def test_worker_processes_give_the_same_features(clips):
+    model = small_model()
+    here, there = (embed_clips(model, clips["good"], batch_size=2, num_workers=n) for n in (0, 2))
+    torch.testing.assert_close(here.tensors(), there.tensors(), rtol=0, atol=0)
+
+
+def test_model_keeps_its_mode_and_features_can_train_a_probe(clips):
+    model = small_model(drop_path=0.5).train()
+    model.image.eval()
+    features = embed_clips(model, clips["good"][:2])
+    assert model.training
+    assert not model.image.training
+    assert model.audio.training
+    torch.testing.assert_close(embed(model, clips["good"][0])["pooled"], features.pooled[0], rtol=1e-4, atol=1e-5)
+    probe = torch.nn.Linear(32, 2)
+    probe(features.pooled).sum().backward()  # needs tensors made outside inference mode
+    assert probe.weight.grad.abs().sum() > 0
+
+
+def test_half_precision_model(clips):
+    pooled = embed(small_model().bfloat16(), clips["good"][0])["pooled"]
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, embed(small_model(), clips["good"][0])["pooled"], rtol=0, atol=0.1)
+
+
+def test_embed_method_of_the_model(clips):
+    model = small_model()
+    torch.testing.assert_close(model.embed(clips["good"][0]), embed(model, clips["good"][0]))
+
+
+def test_embed_raises_for_a_clip_that_cannot_be_read(clips):
+    with pytest.raises(ClipError, match="no audio stream"):
+        embed(small_model(), clips["silent"])
+
+
+def test_saved_features_come_back(clips, tmp_path):
+    features = embed_clips(small_model(), [*clips["good"], clips["missing"]])
+    features.checkpoint = "weights.pth"
+    path = tmp_path / "new" / "features.safetensors"
+    features.save(path)
+    loaded = Features.load(path)
+    torch.testing.assert_close(loaded.tensors(), features.tensors(), rtol=0, atol=0)
+    assert (loaded.clips, loaded.starts, loaded.checkpoint) == (features.clips, features.starts, "weights.pth")
+    assert [str(error) for error in loaded.failed] == [str(error) for error in features.failed]
+    assert EncoderConfig(**loaded.config) == small_model().config
+    assert os.listdir(path.parent) == ["features.safetensors"]
+
+
+def test_failing_to_save_leaves_the_old_file(clips, tmp_path, monkeypatch):
+    features = embed_clips(small_model(), clips["good"][:1])
+    path = tmp_path / "features.safetensors"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        features.save(path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["features.safetensors"]
+
+
+def test_nothing_to_save_is_an_error(clips, tmp_path):
+    features = embed_clips(small_model(), [clips["missing"]])
+    assert len(features.pooled) == 0
+    with pytest.raises(ValueError, match="no clip could be read"):
+        features.save(tmp_path / "features.safetensors")
+    assert not os.listdir(tmp_path)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_default(monkeypatch):
+    """Models without a checkpoint are small."""
+    monkeypatch.setattr(avfusion.model, "EncoderConfig", functools.partial(EncoderConfig, **SMALL))
+
+
+@pytest.mark.usefixtures("small_default")
+def test_command_writes_features_and_reports_failures(clips, tmp_path, capsys):
+    out = tmp_path / "new" / "f.safetensors"
+    status = main(["embed", *clips["good"], clips["silent"], clips["missing"], "--out", str(out), "--device", "cpu"])
+    stdout, stderr = capsys.readouterr()
+    assert status == 1
+    assert Features.load(out).clips == clips["good"]
+    assert "x_fusion [4, 20, 32]" in stdout  # 4 fusion tokens and 8 + 8 aggregates
+    assert "weights are RANDOM" in stderr
+    assert "2 of 6 clips failed:" in stderr
+    assert f"{clips['silent']}: audio stream: no audio stream" in stderr
+    assert f"{clips['missing']}: no such file" in stderr
+
+
+@pytest.mark.usefixtures("small_default")
+def test_command_searches_directories_and_takes_each_clip_once(clips, tmp_path, capsys):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    first = str(shutil.copy(clips["good"][0], tmp_path / "deep" / "er" / "A.MP4"))
+    second = str(shutil.copy(clips["good"][1], tmp_path / "deep"))
+    (tmp_path / "deep" / "notes.txt").write_text("not a clip")
+    out = tmp_path / "f.safetensors"
+    assert main(["embed", str(tmp_path / "deep"), second, "--out", str(out), "--fusion", "none", "--workers", "1"]) == 0
+    assert sorted(Features.load(out).clips) == sorted([first, second])
+
+
+@pytest.mark.usefixtures("small_default")
+@pytest.mark.parametrize("fusion", ["dense", "none"])
+def test_command_draws_each_clip_without_overwriting(clips, tmp_path, fusion):
+    (tmp_path / "other").mkdir()
+    paths = [clips["good"][0], str(shutil.copy(clips["good"][1], tmp_path / "other" / "a.mkv")), clips["good"][2]]
+    out = tmp_path / "f.safetensors"
+    assert main(["embed", *paths, "--out", str(out), "--plot", "--fusion", fusion]) == 0
+    pictures = sorted(os.listdir(tmp_path / "f_plots"))
+    assert pictures == ["a-2.png", "a.png", "c.png"]
+    for name in pictures:
+        picture = Image.open(tmp_path / "f_plots" / name)
+        assert picture.width > 900
+        assert len(picture.convert("L").resize((64, 32)).getcolors(2048)) > 20  # not a blank sheet
+
+
+@pytest.mark.usefixtures("small_default")
+def test_command_repeats_with_a_seed(clips, tmp_path):
+    pooled = []
+    for seed in ("0", "0", "1"):
+        out = tmp_path / "f.safetensors"
+        assert main(["embed", clips["good"][0], "--out", str(out), "--seed", seed]) == 0
+        pooled.append(Features.load(out).pooled)
+    assert torch.equal(pooled[0], pooled[1])
+    assert not torch.equal(pooled[0], pooled[2])
+
+
+@pytest.mark.usefixtures("small_default")
+def test_command_writes_nothing_when_every_clip_fails(clips, tmp_path, capsys):
+    assert main(["embed", clips["silent"], "--out", str(tmp_path / "f.safetensors"), "--plot"]) == 1
+    assert "f.safetensors is not written" in capsys.readouterr().err
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["embed"], "CLIP"),
+        (["embed", "{clip}", "--batch-size", "0"], "--batch-size: 0 is less than 1"),
+        (["embed", "{clip}", "--device", "abacus"], "--device abacus"),
+        (["embed", "{clip}", "--checkpoint", "w.pth", "--seed", "0"], "leave them out"),
+        (["embed", "{clip}", "--out", "{empty}"], "expected the name of a file"),
+        (["embed", "{clip}", "--out", "{clip}/f.safetensors"], "cannot make the output directory"),
+        (["embed", "--plot", "{clip}", "{clip}"], "put the clips before --plot"),
+        (["embed", "{empty}"], "no video files"),
+        (["embed", "{clip}", "--checkpoint", "{missing}"], "missing.mp4"),
+        (["embed", "{clip}", "--checkpoint", "{clip}"], "a.mp4"),
+    ],
+)
+def test_usage_error_exits_with_2_and_says_why(clips, tmp_path, capsys, arguments, message):
+    names = {"clip": clips["good"][0], "missing": clips["missing"], "empty": str(tmp_path)}
+    with pytest.raises(SystemExit) as caught:
+        main([argument.format(**names) for argument in arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def run(*arguments, cwd):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_program_embeds_with_a_checkpoint(clips, tmp_path):
+    from avfusion.checkpoint import save_encoder
+
+    model = small_model()
+    save_encoder(model, tmp_path / "weights.safetensors")
+    result = run(
+        "-m", "avfusion", "embed", *clips["good"], "--checkpoint", "weights.safetensors", "--out", "f.safetensors",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "RANDOM" not in result.stderr
+    features = Features.load(tmp_path / "f.safetensors")
+    assert features.checkpoint == "weights.safetensors"
+    torch.testing.assert_close(features.pooled, embed_clips(model, clips["good"]).pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_help_teaches_and_loads_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from avfusion.cli import main\ntry: main(['embed', '-h'])\nfinally: print('torch' in sys.modules)"
+    )
+    result = run("-c", code, cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.endswith("False\n")
+    for word in ("x_fusion", "pooled", "--plot", "examples:", "Features.load", "exit status"):
+        assert word in result.stdout
