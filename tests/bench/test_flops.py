@@ -13,7 +13,6 @@ from bench import flops
 from bench.encoder import PASSES, ROWS
 
 FULL, MASKED = (196, 96), (49, 19)
-ROW = {row.name: row for row in ROWS}
 
 SMALL = EncoderConfig(
     dim=64, depth=3, num_heads=4, patch_size=16, image_size=(64, 64), audio_size=(32, 64), fusion_tokens=5,
@@ -37,7 +36,7 @@ SMALL = EncoderConfig(
     ],
 )
 def test_design_figures(row, tokens, gflop):
-    count = flops.layers(ROW[row].config, *tokens, materialised=ROW[row].materialised)
+    count = flops.layers(ROWS[row].config, *tokens, materialised=ROWS[row].materialised)
     assert count / 1e9 == pytest.approx(gflop, rel=0.005)
 
 

@@ -1,0 +1,131 @@
+"""`pytest bench/ --benchmark`: measure, print the tables, and write bench/results/<device>.json, .md and .png."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import measure, report
+
+HERE = Path(__file__).parent
+SECTIONS = pytest.StashKey[dict]()  # measured in this run: name -> section of the results file
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("bench", "benchmarks of avfkernels and avfusion (bench/)")
+    group.addoption("--benchmark", action="store_true", help="run the benchmarks; without it those in bench/ skip")
+    group.addoption("--quick", action="store_true", help="batch 1 and few rounds; prints the tables, writes no results")
+    group.addoption("--batch-size", type=int, help="videos in a batch of the encoder tables: 4 on a CPU, 64 on CUDA")
+
+
+def pytest_configure(config):
+    config.stash[SECTIONS] = {}
+
+
+class RecordedClock:
+    """Shows the time that recorded measurements took: by it pytest-benchmark reads what was timed in turns before."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = RecordedClock()
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--benchmark", False)
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+            if not wanted:
+                item.add_marker(pytest.mark.skip(reason="benchmarks run with: pytest bench/ --benchmark"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def effort(request) -> measure.Effort:
+    return measure.QUICK if request.config.getoption("--quick") else measure.FULL
+
+
+@pytest.fixture(scope="session")
+def batch_size(request, device) -> int:
+    default = 1 if request.config.getoption("--quick") else 64 if device.type == "cuda" else 4
+    return request.config.getoption("--batch-size") or default
+
+
+@pytest.fixture(scope="session")
+def progress(request):
+    """progress(stage, detail): one line a stage, and on a terminal the detail beside it, overwritten as it changes."""
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    shown = None
+
+    def show(stage: str, detail: str = "") -> None:
+        nonlocal shown
+        with capture.global_and_fixture_disabled():
+            if stage != shown:
+                if reporter.isatty:
+                    reporter.rewrite("", erase=True)
+                    reporter.rewrite("")
+                reporter.write_line(stage)
+                shown = stage
+            if detail and reporter.isatty:
+                reporter.rewrite(f"  {detail}", erase=True)
+
+    return show
+
+
+@pytest.fixture(scope="session")
+def publish(request, device):
+    """publish(name, section): printed at the end of the run and, unless --quick, written to the results."""
+
+    def add(name: str, section: dict) -> None:
+        made = {
+            "command": shlex.join(["pytest", *request.config.invocation_params.args]),
+            "environment": measure.environment(device),
+        }
+        request.config.stash[SECTIONS][name] = section | made
+
+    return add
+
+
+@pytest.fixture
+def replay(benchmark):
+    """replay(row, times, group): hands the recorded times of a row to pytest-benchmark; skips a row that has none."""
+
+    def run(row: dict, times: list[float], group: str) -> None:
+        if not times:
+            pytest.skip(row["note"])
+        benchmark.group = group
+        benchmark.extra_info.update(row)
+        tape = iter(times)
+        benchmark.pedantic(lambda: CLOCK.advance(next(tape)), rounds=len(times))
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    sections = config.stash[SECTIONS]
+    if not sections:
+        return
+    name = measure.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    terminalreporter.section(name)
+    for section in sections.values():
+        terminalreporter.write(report.markdown(section) + "\n")
+    if config.getoption("--quick"):
+        terminalreporter.write_line("--quick: nothing is written")
+    else:
+        path = report.save(HERE / "results", measure.slug(name), name, sections)
+        terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}, .md and .png beside it")

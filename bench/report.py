@@ -1,0 +1,187 @@
+"""Results: one JSON file a device, and the Markdown and the picture that are drawn from it.
+
+    python -m bench.report bench/results/nvidia-h200.json
+
+draws both again. A file holds sections, one a table; a run replaces the sections it measured and leaves the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+MIB = 2**20
+
+
+def save(folder: Path, slug: str, device: str, sections: dict[str, dict]) -> Path:
+    """Merges the sections into the device's file and renders it. Returns the JSON's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug}.json"
+    known = json.loads(path.read_text())["sections"] if path.exists() else {}
+    results = {"device": device, "sections": dict(sorted((known | sections).items()))}
+    _replace(path, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
+    render(path)
+    return path
+
+
+def render(path: Path) -> None:
+    """Writes the .md and, if there is something to draw, the .png beside a results file."""
+    results = json.loads(path.read_text())
+    charted = [section for section in results["sections"].values() if any("flop_ratio" in r for r in section["rows"])]
+    text = f"# {results['device']}\n\n"
+    if charted:
+        _replace(path.with_suffix(".png"), lambda part: chart(results["device"], charted, part))
+        text += f"![Time and memory relative to {charted[0]['baseline']}]({path.stem}.png)\n\n"
+    text += "\n".join(markdown(section) for section in results["sections"].values())
+    _replace(path.with_suffix(".md"), lambda part: part.write_text(text))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f".{path.name}")
+    write(part)
+    os.replace(part, path)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{_number(seconds * scale)} {unit}"
+
+
+def _ratio(x: float) -> str:
+    return f"{x:.2f} ×"
+
+
+def _spread(quantiles: dict) -> str:
+    return f"**{_ratio(quantiles['median'])}** ({quantiles['p20']:.2f} – {quantiles['p80']:.2f})"
+
+
+# Heading -> what it shows of a row; a row without it (KeyError) leaves the cell empty, and no row with it the column.
+COLUMNS = {
+    "": lambda row: row["name"],
+    "videos/s": lambda row: _number(row["per_second"]),
+    "time": lambda row: _time(row["seconds"]["median"]),
+    "time ratio (p20 – p80)": lambda row: _spread(row["time_ratio"]),
+    "floor": lambda row: f"{row['flop_ratio']:.3f} ×",
+    "GFLOP/video": lambda row: f"{row['flop'] / 1e9:.1f}",
+    "peak memory, MiB": lambda row: _number(row["peak_memory"] / MIB),
+    "memory ratio": lambda row: f"**{_ratio(row['memory_ratio'])}**",
+    "paper: videos/s": lambda row: f"{row['paper']['per_second']} ({_ratio(row['paper']['time_ratio'])})",
+    "paper: memory": lambda row: f"{row['paper']['memory_gb']} GB ({_ratio(row['paper']['memory_ratio'])})",
+    "rounds": lambda row: str(row["rounds"]),
+    "note": lambda row: row["note"],
+}
+
+
+def _cell(show: Callable[[dict], str], row: dict) -> str:
+    try:
+        return show(row)
+    except KeyError:
+        return ""
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table, padded so that it also reads well as plain text."""
+    columns = [[heading, *(_cell(show, row) for row in rows)] for heading, show in COLUMNS.items()]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(3, *map(len, column)) for column in columns]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(line)) + " |"
+        for line in (zip(cells, widths, strict=True) for cells in zip(*columns, strict=True))
+    ]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+def markdown(section: dict) -> str:
+    """One section: title, table, how it was measured, how to repeat it."""
+    made = section["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    text = f"## {section['title']}\n\n"
+    text += f"Batch {section['batch']}, {section['dtype']}; ratios are to {section['baseline']}.\n\n"
+    text += table(section["rows"])
+    text += "".join(f"\n- {note}" for note in section["notes"])
+    return text + (
+        f"\n- Made by `{section['command']}` on {made['date'][:10]}, commit {made['commit'] or 'unknown'}; "
+        f"threads: {made['threads']}; {versions}.\n"
+    )
+
+
+INK, GRID, FLOOR = "#1f2933", "#e4e7eb", "#edae49"
+COLOURS = {"materialised": "#d1495b", "ours": "#00798c"}  # by the last word of a row's name
+BASELINES = "#9aa5b1"
+
+
+def chart(device: str, sections: list[dict], path: Path) -> None:
+    """Bars of time and memory relative to the baseline; a mark is the floor, an outline the ratio in the paper."""
+    from matplotlib.figure import Figure
+
+    lines = sum(len(section["rows"]) + 3 for section in sections)
+    figure = Figure(figsize=(12, 0.33 * lines + 1.2), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
+    figure.suptitle(f"DeepAVFusion ViT-B encoder on {device}", fontsize=14, fontweight="bold", color=INK)
+    panels = figure.subplots(len(sections), 2, squeeze=False)
+    for (left, right), section in zip(panels, sections, strict=True):
+        rows = section["rows"]
+        papers = [row.get("paper", {}) for row in rows]
+        times = [row["time_ratio"]["median"] if "time_ratio" in row else None for row in rows]
+        memory = [row.get("memory_ratio") for row in rows]
+        floors = [row["flop_ratio"] for row in rows]
+        _bars(left, rows, times, [paper.get("time_ratio") for paper in papers], floors)
+        _bars(right, rows, memory, [paper.get("memory_ratio") for paper in papers], [None] * len(rows))
+        left.set_title(section["title"], loc="left", fontsize=10.5, color=INK, pad=8)
+        left.set_xlabel(f"time relative to {section['baseline']}", color=INK)
+        right.set_xlabel(f"peak memory relative to {section['baseline']}", color=INK)
+        right.set_yticklabels([])
+    _legend(figure)
+    figure.savefig(path, dpi=150, format="png", facecolor="white")
+
+
+def _bars(axes, rows: list[dict], values: list, papers: list, floors: list) -> None:
+    """A horizontal bar a row, with its value at the end; None is not drawn."""
+    longest = max(x for x in (*values, *papers, *floors) if x is not None)
+    for y, (row, value, paper, floor) in enumerate(zip(rows, values, papers, floors, strict=True)):
+        if value is not None:
+            colour = COLOURS.get(row["name"].rpartition(", ")[2], BASELINES)
+            axes.barh(y, value, height=0.62, color=colour, zorder=2)
+        if paper is not None:
+            axes.barh(y, paper, height=0.62, fill=False, edgecolor=INK, linewidth=1.1, linestyle="--", zorder=3)
+        if floor is not None:
+            axes.plot([floor, floor], [y - 0.42, y + 0.42], color=FLOOR, linewidth=2.5, zorder=4)
+        end = max(x for x in (value, paper, floor, 0) if x is not None)
+        text = row["note"] if value is None else f"{value:.2f} ×"
+        axes.text(end + longest * 0.015, y, text, va="center", color=INK, fontsize=9.5, fontweight="bold")
+    axes.axvline(1, color=INK, linewidth=0.8, zorder=1)
+    axes.set_xlim(0, longest * 1.16)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.grid(axis="x", color=GRID, zorder=0)
+    axes.tick_params(colors=INK, length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _legend(figure) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    mark = {"linestyle": "none", "marker": "|", "markersize": 12, "markeredgewidth": 2.5}
+    handles = [
+        Patch(color=COLOURS["ours"], label="ours"),
+        Patch(color=COLOURS["materialised"], label="materialised, as released"),
+        Patch(color=BASELINES, label="baselines"),
+        Line2D([], [], color=FLOOR, label="floor: ratio of FLOP", **mark),
+        Patch(fill=False, edgecolor=INK, linestyle="--", label="the paper's Table 6, on its own hardware"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, labelcolor=INK)
+
+
+if __name__ == "__main__":
+    render(Path(sys.argv[1]))
