@@ -129,14 +129,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         if prefix is None:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         else:
-            dim = x.shape[-1]  # the last two thirds of the packed projection are keys and values
-            kv_prefix = F.linear(prefix, self.qkv.weight[dim:], self.qkv.bias[dim:])
-            k_prefix, v_prefix = rearrange(kv_prefix, "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
-            out = avfkernels.prefix_attention(q, k, v, k_prefix, v_prefix, scale=self.scale)
+            # Joining the tokens before one projection to keys and values is cheaper than joining keys and values after
+            # two: one copy for two, and one matrix product of a good size for a good and a small one.
+            dim = x.shape[-1]
+            (w_q, w_kv), (b_q, b_kv) = (t.split((dim, 2 * dim)) for t in (self.qkv.weight, self.qkv.bias))
+            q = rearrange(F.linear(x, w_q, b_q), "b n (h d) -> b h n d", h=self.num_heads)
+            kv = F.linear(torch.cat((prefix, x), dim=1), w_kv, b_kv)
+            k, v = rearrange(kv, "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 

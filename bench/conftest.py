@@ -128,4 +128,4 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("--quick: nothing is written")
     else:
         path = report.save(HERE / "results", measure.slug(name), name, sections)
-        terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}, .md and .png beside it")
+        terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}, and drawn from it .md and .png")

@@ -27,7 +27,7 @@ def in_double(function, *tensors):
 
 
 def assert_accurate(got, exact, plain, what=""):
-    """The accuracy contract: no larger an error than the plain formula's in the same dtype; 1.5x for a maximum's noise."""
+    """The accuracy contract: no larger an error than the plain formula's in this dtype (1.5x: a maximum is noisy)."""
     assert got.dtype == plain.dtype, what
     error, allowed = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (got, plain))
     rounding = torch.finfo(got.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
