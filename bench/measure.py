@@ -32,7 +32,7 @@ class Effort:
     max_rounds: int
 
 
-FULL = Effort(seconds=12.0, min_rounds=3, max_rounds=20)
+FULL = Effort(seconds=13.0, min_rounds=3, max_rounds=20)
 QUICK = Effort(seconds=0.5, min_rounds=1, max_rounds=3)
 
 
