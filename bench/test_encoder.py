@@ -83,10 +83,10 @@ def table(request, exact, models, memory_on_cpu, device, batch_size, effort, pro
             agreement[ours] = error
     outputs.clear()
 
-    # Materialised rows take turns with the baseline on their own: they are slow, and what is compared is timed close by.
+    # Materialised rows are slow: they take turns with the baseline on their own, so that what is compared is close by.
     times, summary = {}, {}
     for materialised in (True, False):
-        group = {row.name for row in ROWS if row.materialised == materialised} | {BASELINE.name}
+        group = {row.name for row in ROWS.values() if row.materialised == materialised} | {BASELINE.name}
         turns = {name: call for name, call in calls.items() if name in group}
         timed = measure.in_turns(turns, device, effort, progress=lambda text: progress(f"{pass_.title}: timing", text))
         times, summary = times | timed, summary | measure.summarise(timed)
@@ -143,8 +143,8 @@ def notes(pass_: Pass, device: torch.device, exact: float, agreement: dict[str, 
     lines = [
         "materialised: the paper's equations with every pair in memory and the fusion tokens concatenated, as "
         "released. late: factorized fusion in the last layer only.",
-        "Rows are timed in turns, the materialised ones apart; the time ratio is the median over rounds of the ratio to no fusion in the same "
-        "round. It is held against the floor, the ratio of the FLOP that the row's layers execute.",
+        "Rows are timed in turns, the materialised ones apart; the time ratio is the median over rounds of the ratio "
+        "to no fusion in the same round. It is held against the floor, the ratio of the FLOP that the row's layers execute.",
         f"Peak memory: {memory}, above the loaded model{'; gradients included' if pass_.training else ''}.",
         f"Checked before timing: ours and materialised differ by at most {exact:.0e} in float64 (two layers, outputs "
         f"and gradients){timed}.",
