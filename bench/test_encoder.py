@@ -144,7 +144,8 @@ def notes(pass_: Pass, device: torch.device, exact: float, agreement: dict[str, 
         "materialised: the paper's equations with every pair in memory and the fusion tokens concatenated, as "
         "released. late: factorized fusion in the last layer only.",
         "Rows are timed in turns, the materialised ones apart; the time ratio is the median over rounds of the ratio "
-        "to no fusion in the same round. It is held against the floor, the ratio of the FLOP that the row's layers execute.",
+        "to no fusion in the same round. It is held against the floor, the ratio of the FLOP that the row's layers "
+        "execute.",
         f"Peak memory: {memory}, above the loaded model{'; gradients included' if pass_.training else ''}.",
         f"Checked before timing: ours and materialised differ by at most {exact:.0e} in float64 (two layers, outputs "
         f"and gradients){timed}.",
