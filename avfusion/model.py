@@ -4,8 +4,8 @@
     x_image[l]  = Visual(x_image[l-1], x_fusion[l-1])                     (Eq. 2)
     x_audio[l]  = Audio (x_audio[l-1], x_fusion[l-1])                     (Eq. 3)
 
-State-dict keys and outputs are those of the authors' release. The unimodal blocks read the fusion tokens by prefix
-attention: their keys and values enter, their rows are not computed (rewrite R3).
+State-dict keys and outputs are those of the authors' release. The unimodal blocks read the fusion tokens as a
+prefix: their keys and values enter, their rows are not computed (rewrite R3).
 
 Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017.
 """

@@ -17,7 +17,7 @@ SECTIONS = pytest.StashKey[dict]()  # measured in this run: name -> section of t
 def pytest_addoption(parser):
     group = parser.getgroup("bench", "benchmarks of avfkernels and avfusion (bench/)")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks; without it those in bench/ skip")
-    group.addoption("--quick", action="store_true", help="batch 1 and few rounds; prints the tables, writes no results")
+    group.addoption("--quick", action="store_true", help="batch 1 and one round; prints the tables, writes no results")
     group.addoption("--batch-size", type=int, help="videos in a batch of the encoder tables: 4 on a CPU, 64 on CUDA")
 
 

@@ -33,7 +33,7 @@ class Effort:
 
 
 FULL = Effort(seconds=13.0, min_rounds=3, max_rounds=20)
-QUICK = Effort(seconds=0.5, min_rounds=1, max_rounds=3)
+QUICK = Effort(seconds=0.5, min_rounds=1, max_rounds=1)
 
 
 def seconds(call: Callable, device: torch.device, repeats: int = 1) -> float:

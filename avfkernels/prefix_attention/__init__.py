@@ -13,8 +13,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix
 
         out[i] = sum_j softmax_j(scale * q[i] . [k_prefix ; k][j]) [v_prefix ; v][j]
 
-    The unimodal blocks of DeepAVFusion read the fusion tokens and do not update them (Eqs. 2-3, rewrite R3): only the
-    keys and values of the prefix enter, never queries.
+    Tokens that are read and not updated need only keys and values, never queries (rewrite R3). `TokenFusion` attends to
+    both modalities with it.
 
     Args:
         q, k, v: [B, H, N, d], [B, H, K, d], [B, H, K, dv]; k_prefix, v_prefix: [B, H, P, d], [B, H, P, dv]. fp32, fp16,
