@@ -1,7 +1,10 @@
-"""Compiles csrc/ into avfkernels/libavfkernels.so: plain C ABI, loaded with ctypes, tied to no torch or Python version.
+"""Compiles csrc/ into avfkernels/: plain C ABI, loaded with ctypes, tied to no torch or Python version.
 
-A failed build leaves a working package without native kernels (`python -m avfkernels` says so);
-AVF_REQUIRE_NATIVE=1 turns it into an error. CXX and CXXFLAGS are honoured.
+    *.cpp  libavfkernels.so       CXX, CXXFLAGS
+    *.cu   libavfkernels_cuda.so  if there is an nvcc; NVCC, AVF_CUDA_ARCHS="8.0 9.0a ...", AVF_CUDA=0 for none
+
+A failed build leaves a working package without those kernels (`python -m avfkernels` says so);
+AVF_REQUIRE_NATIVE=1 turns it into an error.
 """
 
 import os
@@ -18,9 +21,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 # -ffast-math is left out on purpose: at link time it switches the whole process to flush-to-zero.
-CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
+# -Wno-psabi: vectors cross no library boundary.
+CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi"
 # Every *_kernel.cpp is compiled once for each instruction set; the choice is made at run time (csrc/isa.cpp).
 X86_ISAS = {"avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma", "avx2": "-mavx2 -mfma"}
+
+# Machine code for each, and PTX of the first for GPUs that are none of them. The CUDA runtime is linked in statically.
+CUDA_ARCHS = "8.0 9.0a 10.0 12.0"
+NVCCFLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall --threads 2"
 
 
 def ninja_file(cxx: str, library: Path, openmp: str) -> str:
@@ -49,6 +57,24 @@ def ninja_file(cxx: str, library: Path, openmp: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cuda_ninja_file(nvcc: str, library: Path) -> str:
+    archs = [arch.replace(".", "") for arch in os.environ.get("AVF_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()]
+    targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode arch=compute_{archs[0]},code=compute_{archs[0]}")
+    lines = [
+        "rule nvcc",
+        f"  command = {nvcc} {NVCCFLAGS} {' '.join(targets)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {nvcc} -shared -cudart static $in -o $out",
+    ]
+    sources = sorted((ROOT / "csrc").glob("*.cu"))
+    lines += [f"build {source.stem}.o: nvcc {escape(source)}" for source in sources]
+    lines.append(f"build {escape(library)}: link {' '.join(f'{source.stem}.o' for source in sources)}")
+    return "\n".join(lines) + "\n"
+
+
 def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -59,28 +85,42 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        kind, compile = ("CUDA", self.compile_cuda) if ext.name.endswith("_cuda") else ("native", self.compile)
         try:
-            self.compile(library)
+            library.parent.mkdir(parents=True, exist_ok=True)
+            compile(library)
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             if os.environ.get("AVF_REQUIRE_NATIVE") == "1":
-                raise RuntimeError(f"AVF_REQUIRE_NATIVE=1 and the native kernels did not build: {error}") from error
-            print(f"avfkernels: native kernels skipped, PyTorch fallbacks will run: {error}", file=sys.stderr)
+                raise RuntimeError(f"AVF_REQUIRE_NATIVE=1 and the {kind} kernels did not build: {error}") from error
+            print(f"avfkernels: {kind} kernels skipped, PyTorch fallbacks will run: {error}", file=sys.stderr)
 
     def compile(self, library: Path):
         cxx = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
         if cxx is None or shutil.which(shlex.split(cxx)[0]) is None:
             raise RuntimeError(f"no C++ compiler ({cxx or 'g++, clang++ or c++'} is not on PATH)")
+        # Without OpenMP the kernels run on one thread.
+        if not any(self.ninja("native", ninja_file(cxx, library, openmp)) for openmp in ("-fopenmp", "")):
+            raise RuntimeError(f"{cxx} failed on csrc/ (see the messages above)")
+
+    def compile_cuda(self, library: Path):
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        if nvcc is None or os.environ.get("AVF_CUDA") == "0":  # no failure: most machines have no CUDA
+            reason = "no nvcc on PATH" if nvcc is None else "AVF_CUDA=0"
+            print(f"avfkernels: CUDA kernels skipped: {reason}", file=sys.stderr)
+            return
+        if shutil.which(shlex.split(nvcc)[0]) is None:
+            raise RuntimeError(f"no CUDA compiler ({nvcc} is not on PATH)")
+        if not self.ninja("cuda", cuda_ninja_file(nvcc, library)):
+            raise RuntimeError(f"{nvcc} failed on csrc/ (see the messages above)")
+
+    def ninja(self, name: str, graph: str) -> bool:
+        """Runs a build graph; whether it succeeded."""
         import ninja
 
-        build = (Path(self.build_temp) / "native").resolve()
+        build = (Path(self.build_temp) / name).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        for openmp in ("-fopenmp", ""):  # without OpenMP the kernels run on one thread
-            (build / "build.ninja").write_text(ninja_file(cxx, library, openmp))
-            done = subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)])
-            if done.returncode == 0:
-                return
-        raise RuntimeError(f"{cxx} failed on csrc/ (see the messages above)")
+        (build / "build.ninja").write_text(graph)
+        return subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)]).returncode == 0
 
     def get_outputs(self):
         # A skipped build has nothing to install.
@@ -98,6 +138,9 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("avfkernels.libavfkernels", sources=[], optional=True)],
+    ext_modules=[
+        Extension("avfkernels.libavfkernels", sources=[], optional=True),
+        Extension("avfkernels.libavfkernels_cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

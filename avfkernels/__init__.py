@@ -1,6 +1,6 @@
 """Exact, fused attention over pairwise interactions of two token streams.
 
-Ops: `pair_attention`, `latent_attention`, `prefix_attention`.
+Ops: `pair_attention`, `latent_attention`, `prefix_attention`; `merge_attention` joins partial results of any of them.
 Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`.
 `python -m avfkernels` shows what runs on this machine and why; `backend(name)` overrides the choice.
 """
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from avfkernels import _ops  # noqa: F401  registers torch.ops.avfkernels
 from avfkernels._backends import backend, materialises
 from avfkernels.latent_attention import latent_attention
+from avfkernels.merge import merge_attention
 from avfkernels.nn import DenseFusion, FactorizedFusion, TokenFusion
 from avfkernels.pair_attention import pair_attention
 from avfkernels.prefix_attention import prefix_attention
@@ -26,6 +27,7 @@ __all__ = [
     "backend",
     "latent_attention",
     "materialises",
+    "merge_attention",
     "pair_attention",
     "prefix_attention",
 ]

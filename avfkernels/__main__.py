@@ -30,9 +30,17 @@ SHAPES = {
     },
 }
 OPTIONS = {
-    "pair_attention": {"scale": 0.25, "interaction": "sum", "mask1": None, "mask2": None, "return_lse": False},
+    "pair_attention": {
+        "scale": 0.25,
+        "interaction": "sum",
+        "mask1": None,
+        "mask2": None,
+        "dropout_p": 0.0,
+        "seed": None,
+        "return_lse": False,
+    },
     "latent_attention": {"scale": 0.25, "mask": None, "return_lse": False},
-    "prefix_attention": {"scale": 0.125},
+    "prefix_attention": {"scale": 0.125, "return_lse": False},
 }
 
 
@@ -52,6 +60,7 @@ def report() -> str:
     else:
         isa = _native.library().avf_isa().decode()
         lines.append(f"  native   {_native.PATH.name}, ABI {_native.ABI_VERSION}, instruction set {isa}")
+    lines.append(f"  native   CUDA: {_native.why_cuda_unavailable() or _native.CUDA_PATH.name}")
     lines.append(f"  nvcc     {shutil.which('nvcc') or 'not on PATH'}")
 
     devices = ["cpu"]

@@ -6,8 +6,8 @@
     triton      Triton
     cuda        CUDA C++ (csrc/)
 
-An op that has a fused backend for the device uses it where it is at least as fast as `eager` by measurement, and
-`eager` otherwise. `AVF_BACKEND=name` and `with avfkernels.backend(name):` override the choice.
+An op that has a fused backend for the device uses it where it is at least as fast as `eager` by measurement or where
+`eager` cannot run, and `eager` otherwise. `AVF_BACKEND=name` and `with avfkernels.backend(name):` override the choice.
 """
 
 from __future__ import annotations
@@ -73,13 +73,15 @@ def select(op: str, table: dict[str, Backend], arguments: dict) -> Backend:
         if reason:
             raise RuntimeError(f"{op}: the backend {_forced!r} was asked for and cannot run: {reason}")
         return table[_forced]
+    eager = table["eager"].why_not(**arguments) is None
     if _forced is None:
         for name in FUSED:
-            if name in table and not table[name].why_not(**arguments) and table[name].is_faster(**arguments):
+            if name not in table or table[name].why_not(**arguments):
+                continue
+            # Where eager has no algebra, the alternative holds every pair in memory.
+            if not eager or table[name].is_faster(**arguments):
                 return table[name]
-    if table["eager"].why_not(**arguments):
-        return table["reference"]
-    return table["eager"]
+    return table["eager" if eager else "reference"]
 
 
 if os.environ.get("AVF_BACKEND"):

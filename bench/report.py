@@ -31,10 +31,15 @@ def render(path: Path) -> None:
     """Writes the .md and, if there is something to draw, the .png beside a results file."""
     results = json.loads(path.read_text())
     charted = [section for section in results["sections"].values() if any("flop_ratio" in r for r in section["rows"])]
+    growing = [section for section in results["sections"].values() if "line" in section]
     text = f"# {results['device']}\n\n"
     if charted:
         _replace(path.with_suffix(".png"), lambda part: chart(results["device"], charted, part))
         text += f"![Time and memory relative to {charted[0]['baseline']}]({path.stem}.png)\n\n"
+    if growing:
+        growth = path.with_name(f"{path.stem}-growth.png")
+        _replace(growth, lambda part: growth_chart(results["device"], growing, part))
+        text += f"![Time and memory against the number of pairs]({growth.name})\n\n"
     text += "\n".join(markdown(section) for section in results["sections"].values())
     _replace(path.with_suffix(".md"), lambda part: part.write_text(text))
 
@@ -60,6 +65,11 @@ def _ratio(x: float) -> str:
     return f"{x:.2f} ×"
 
 
+def _rate(result: dict) -> str:
+    share = f" ({result['peak_share']:.0%})" if "peak_share" in result else ""
+    return f"{result['flops'] / 1e9:,.0f}{share}"
+
+
 def _spread(quantiles: dict) -> str:
     return f"**{_ratio(quantiles['median'])}** ({quantiles['p20']:.2f} – {quantiles['p80']:.2f})"
 
@@ -76,6 +86,15 @@ COLUMNS = {
     "memory ratio": lambda row: f"**{_ratio(row['memory_ratio'])}**",
     "paper: videos/s": lambda row: f"{row['paper']['per_second']} ({_ratio(row['paper']['time_ratio'])})",
     "paper: memory": lambda row: f"{row['paper']['memory_gb']} GB ({_ratio(row['paper']['memory_ratio'])})",
+    "forward": lambda row: _time(row["forward"]["seconds"]["median"]),
+    "ratio (p20 – p80)": lambda row: _spread(row["forward"]["time_ratio"]),
+    "GFLOP/s (of peak)": lambda row: _rate(row["forward"]),
+    "backward": lambda row: _time(row["backward"]["seconds"]["median"]),
+    "backward ratio": lambda row: _spread(row["backward"]["time_ratio"]),
+    "backward GFLOP/s": lambda row: _rate(row["backward"]),
+    "both": lambda row: _time(row["both"]["seconds"]["median"]),
+    "both ratio": lambda row: _spread(row["both"]["time_ratio"]),
+    "ns a token": lambda row: _number(row["forward"]["seconds"]["median"] / (2 * row["tokens"]) * 1e9),
     "rounds": lambda row: str(row["rounds"]),
     "note": lambda row: row["note"],
 }
@@ -106,7 +125,8 @@ def markdown(section: dict) -> str:
     made = section["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     text = f"## {section['title']}\n\n"
-    text += f"Batch {section['batch']}, {section['dtype']}; ratios are to {section['baseline']}.\n\n"
+    ratios = f"; ratios are to {section['baseline']}" if "baseline" in section else ""
+    text += f"Batch {section['batch']}, {section['dtype']}{ratios}.\n\n"
     text += table(section["rows"])
     text += "".join(f"\n- {note}" for note in section["notes"])
     return text + (
@@ -181,6 +201,33 @@ def _legend(figure) -> None:
         Patch(fill=False, edgecolor=INK, linestyle="--", label="the paper's Table 6, on its own hardware"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, labelcolor=INK)
+
+
+LINES = {"materialised": "--", "eager": ":", "automatic": "-"}  # by the last word of a line's name
+
+
+def growth_chart(device: str, sections: list[dict], path: Path) -> None:
+    """Time and peak memory of each line against the number of pairs, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure.suptitle(f"Pair attention on {device}", fontsize=14, fontweight="bold", color=INK)
+    time, memory = figure.subplots(1, 2)
+    for section in sections:
+        interaction, _, row = section["line"].partition(", ")
+        colour = {"sum": COLOURS["ours"], "product": COLOURS["materialised"]}[interaction]
+        style = {"label": section["line"], "color": colour, "linestyle": LINES[row], "marker": "o", "markersize": 4}
+        pairs = [point["pairs"] for point in section["rows"]]
+        time.loglog(pairs, [point["both"]["seconds"]["median"] for point in section["rows"]], **style)
+        memory.loglog(pairs, [max(point["peak_memory"], 1) / MIB for point in section["rows"]], **style)
+    for axes, label in ((time, "seconds, forward and backward"), (memory, "peak memory above the inputs, MiB")):
+        axes.set_xlabel("pairs of tokens a head", color=INK)
+        axes.set_title(label, loc="left", fontsize=10.5, color=INK)
+        axes.grid(color=GRID)
+        axes.tick_params(colors=INK)
+        axes.spines[:].set_visible(False)
+    time.legend(frameon=False, labelcolor=INK)
+    figure.savefig(path, dpi=150, format="png", facecolor="white")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,39 @@
-// Pair attention with summed interactions (rewrite R1).
+// Pair attention: softmax attention of F queries over all N1 x N2 pairs of tokens (i, j), pair by pair or separated.
 //
-// Keys and values of the pair (i, j) are sums, k_ij = a_i + b_j and v_ij = u_i + w_j, so that the softmax over all
-// N1 x N2 pairs is the product of two softmaxes and
+//     sum      k_ij = a_i + b_j, v_ij = u_i + w_j. The softmax over pairs is the product of two softmaxes (rewrite R1):
+//              out = sum_i alpha_i u_i + sum_j beta_j w_j,   lse = lse_1 + lse_2.           O(N1 + N2)
+//     dropout  of a sum's pair weights, R_ij in {0, 1 / (1 - p)}, couples the sides again, two numbers a pair:
+//              out = sum_i alpha_i (R beta)_i u_i + sum_j beta_j (R^T alpha)_j w_j          2 multiply-adds a pair
+//     product  k_ij = a_i * b_j, v_ij = u_i * w_j. For one i it is attention over j with the queries q * a_i, its
+//              output multiplied by u_i.                                                    dk + dv multiply-adds a pair
 //
-//     out = sum_i softmax_i(q.a_i) u_i + sum_j softmax_j(q.b_j) w_j,     lse = lse_1 + lse_2.
-//
-// One task is one block of 16 queries of one head: a query is a lane of a 16-float vector, keys and values are
-// broadcast, and both softmaxes run online over tiles of keys. Nothing of size N1 x N2 exists.
+// Nothing of size N1 x N2 exists anywhere: softmaxes run online over tiles of tokens, backward recomputes the weights
+// from the saved log-sum-exp, and dropout masks come from a counter (csrc/philox.h). A task owns all that it writes,
+// so results do not depend on the number of threads, bit for bit.
 #pragma once
-#include <cstdint>
+#include "avf.h"
 
-struct PairSide {
-    const float *k, *v;
-    const uint8_t* mask;               // [B, N] or null
-    int64_t n;                         // tokens
-    int64_t k_b, k_h, k_n, v_b, v_h, v_n;  // strides
+// Computes one task and returns 0. With `scratch` null it computes nothing and returns the floats of scratch (aligned
+// to 64 bytes) that a task needs. Forward: queries [16 * block, 16 * block + 16) of head (b, h). Backward: the whole
+// head, so that the gradients of its keys and values are summed in one place; `block` is 0.
+using PairTask = int64_t (*)(const AvfPairAttention&, int64_t b, int64_t h, int64_t block, float* scratch);
+
+struct PairTasks {
+    PairTask sum_forward, sum_backward;
+    PairTask sum_dropout_forward, sum_dropout_backward;
+    PairTask product_forward, product_backward;
 };
 
-struct PairAttention {
-    const float* q;
-    PairSide side[2];
-    float *out, *lse;
-    int64_t B, H, F, dk, dv;
-    int64_t q_b, q_h, q_n, o_b, o_h, o_n;  // strides
-    float scale;
-};
-
-constexpr int64_t LANES = 16;      // queries in flight
-constexpr int64_t KEY_TILE = 64;   // keys whose weights wait in L1 for the values
-
-// Floats of scratch that one task needs (64-byte aligned).
-inline int64_t pair_attention_scratch(const PairAttention& a) { return LANES * (a.dk + 2 * a.dv + KEY_TILE); }
-
-// Computes queries [16 * block, 16 * block + 16) of head h of batch entry b.
-using PairAttentionTask = void (*)(const PairAttention&, int64_t b, int64_t h, int64_t block, float* scratch);
-
-namespace avx512 { void pair_attention_sum_task(const PairAttention&, int64_t, int64_t, int64_t, float*); }
-namespace avx2 { void pair_attention_sum_task(const PairAttention&, int64_t, int64_t, int64_t, float*); }
-namespace portable { void pair_attention_sum_task(const PairAttention&, int64_t, int64_t, int64_t, float*); }
+#define AVF_DECLARE_TASK(name) int64_t name(const AvfPairAttention&, int64_t, int64_t, int64_t, float*);
+#define AVF_DECLARE_TASKS(isa)                      \
+    namespace isa {                                 \
+    AVF_DECLARE_TASK(pair_sum_forward)              \
+    AVF_DECLARE_TASK(pair_sum_backward)             \
+    AVF_DECLARE_TASK(pair_sum_dropout_forward)      \
+    AVF_DECLARE_TASK(pair_sum_dropout_backward)     \
+    AVF_DECLARE_TASK(pair_product_forward)          \
+    AVF_DECLARE_TASK(pair_product_backward)         \
+    }
+AVF_DECLARE_TASKS(avx512)
+AVF_DECLARE_TASKS(avx2)
+AVF_DECLARE_TASKS(portable)

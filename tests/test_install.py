@@ -27,7 +27,7 @@ def sources(tmp_path):
 
 
 def build(sources, **environment):
-    """pip wheel, in the environment at hand (its setuptools and ninja), no network."""
+    """pip wheel, in the environment at hand (its setuptools and ninja), no network; without nvcc unless asked for."""
     command = [
         sys.executable,
         "-m",
@@ -42,7 +42,12 @@ def build(sources, **environment):
         "out",
     ]
     return subprocess.run(
-        command, cwd=sources, env=os.environ | environment, capture_output=True, text=True, check=False
+        command,
+        cwd=sources,
+        env=os.environ | {"AVF_CUDA": "0"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -108,6 +113,36 @@ def test_avf_require_native_turns_a_missing_library_into_an_error(sources, cxx):
     done = build(sources, CXX=cxx, AVF_REQUIRE_NATIVE="1")
     assert done.returncode != 0
     assert "AVF_REQUIRE_NATIVE=1 and the native kernels did not build" in done.stdout + done.stderr
+
+
+@needs_compiler
+def test_an_nvcc_that_fails_does_not_cost_the_library_of_the_cpu(sources):
+    done = build(sources, AVF_CUDA="1", NVCC="false")
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels skipped, PyTorch fallbacks will run: false failed on csrc/" in done.stdout + done.stderr
+    _, target = unpacked(sources)
+    assert [path.name for path in target.rglob("*.so")] == ["libavfkernels.so"]
+
+
+@pytest.mark.parametrize("nvcc", ["no-such-nvcc", "false"])
+def test_avf_require_native_turns_a_failing_nvcc_into_an_error(sources, nvcc):
+    for source in (sources / "csrc").glob("*_kernel.cpp"):  # quicker: the other library need not compile
+        source.unlink()
+    (sources / "csrc" / "pair_attention.cpp").unlink()
+    done = build(sources, AVF_CUDA="1", NVCC=nvcc, AVF_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert "AVF_REQUIRE_NATIVE=1 and the CUDA kernels did not build" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_a_wheel_built_with_nvcc_holds_the_cuda_library_and_it_loads_without_a_gpu(sources):
+    done = build(sources, AVF_CUDA="1", AVF_CUDA_ARCHS="8.0", AVF_REQUIRE_NATIVE="1")
+    assert done.returncode == 0, done.stderr
+    _, target = unpacked(sources)
+    library = target / "avfkernels" / "libavfkernels_cuda.so"
+    code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).avf_cuda_abi_version())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
 
 
 def test_avfkernels_imports_torch_and_nothing_of_the_extras():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from avfkernels._checks import check_mask, check_tensors
@@ -32,7 +31,9 @@ def latent_attention(
     Raises:
         ValueError, TypeError: naming the argument, its shape or dtype, and what was expected.
     """
+    from avfkernels import _ops  # which imports the backends beside this file
+
     check_tensors("latent_attention", q, {"q": (q, "B M D"), "x": (x, "B N D")})
     check_mask("latent_attention", "mask", mask, x.shape[0], x.shape[1], q)
-    out, lse = torch.ops.avfkernels.latent_attention(q, x, scale=scale, mask=mask, return_lse=return_lse)
+    out, lse = _ops.call("latent_attention", q=q, x=x, scale=scale, mask=mask, return_lse=return_lse)
     return (out, lse) if return_lse else out

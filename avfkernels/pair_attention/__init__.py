@@ -21,6 +21,8 @@ def pair_attention(
     interaction: str = "sum",
     mask1: Tensor | None = None,
     mask2: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention over the N1 x N2 pairwise interactions of two token sets.
@@ -34,8 +36,11 @@ def pair_attention(
 
         out = softmax(scale q k1^T) v1 + softmax(scale q k2^T) v2,     lse = lse1 + lse2
 
-    costs O(N1 + N2) in time and memory. Products do not separate: today only the `reference` backend has them, and it
-    holds all pairs in memory.
+    costs O(N1 + N2) in time and memory. Products and dropped pairs do not separate. The fused backends then visit every
+    pair, in O(N1 N2) time and O(N1 + N2) memory, forward and backward; where there is none (float64, float16, another
+    device) the `reference` computes them and holds all pairs in memory.
+
+    Split into pieces, either set of tokens at a time, and joined by `merge_attention`, the result is the same.
 
     Args:
         q: [B, H, F, dk] queries; k1 [B, H, N1, dk], v1 [B, H, N1, dv]; k2 [B, H, N2, dk], v2 [B, H, N2, dv]. fp32,
@@ -44,7 +49,11 @@ def pair_attention(
         scale: factor on the logits.
         interaction: "sum" or "product".
         mask1, mask2: bool [B, N1], [B, N2], True for tokens that count; a pair counts where both do.
-        return_lse: also return the log-sum-exp.
+        dropout_p: probability, in steps of 1 / 65536, that the weight of a pair is dropped after the softmax; what is
+            kept is scaled up. Pass 0 in evaluation.
+        seed: of the dropout mask, a function of it and of the indices of the pair alone, on every backend: an int or
+            an int64 tensor of one element. None draws one from torch's generator of q's device.
+        return_lse: also return the log-sum-exp (that before dropout).
 
     Returns:
         out [B, H, F, dv] and, if asked for, lse [B, H, F] in fp32 (float64 for float64 inputs). Without any pair (an
@@ -56,6 +65,8 @@ def pair_attention(
 
     Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017.
     """
+    from avfkernels import _ops  # which imports the backends beside this file
+
     check_tensors(
         "pair_attention",
         q,
@@ -71,7 +82,18 @@ def pair_attention(
     check_mask("pair_attention", "mask2", mask2, q.shape[0], k2.shape[2], q)
     if interaction not in INTERACTIONS:
         raise ValueError(f"pair_attention: interaction must be one of {INTERACTIONS}, got {interaction!r}")
-    out, lse = torch.ops.avfkernels.pair_attention(
-        q, k1, v1, k2, v2, scale=scale, interaction=interaction, mask1=mask1, mask2=mask2, return_lse=return_lse
-    )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"pair_attention: dropout_p must be in [0, 1], got {dropout_p}")
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (), device=q.device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor(seed, dtype=torch.int64, device=q.device)
+    elif seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(f"pair_attention: seed must be one int64, got {list(seed.shape)} {seed.dtype}")
+    out, lse = _ops.call(
+        "pair_attention", q=q, k1=k1, v1=v1, k2=k2, v2=v2, scale=scale, interaction=interaction,
+        mask1=mask1, mask2=mask2, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
+    )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -9,7 +9,7 @@ from torch import Tensor
 from avfkernels._math import compute_dtype, masked_softmax
 
 
-def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, return_lse):
+def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, dropout_p, seed, return_lse):
     """See `avfkernels.pair_attention`."""
     mask1, mask2, any_pair = close_empty(mask1, mask2)
     if return_lse or q.dtype == torch.float64 or 0 in (k1.shape[2], k2.shape[2]):
@@ -24,8 +24,10 @@ def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, return_lse):
     return out, lse
 
 
-def why_not(*, interaction, **_) -> str | None:
-    return None if interaction == "sum" else "R1 separates sums, not products"
+def why_not(*, interaction, dropout_p, **_) -> str | None:
+    if interaction != "sum":
+        return "R1 separates sums, not products"
+    return "R1 does not separate weights of which some pairs are dropped" if dropout_p > 0.0 else None
 
 
 def close_empty(mask1: Tensor | None, mask2: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -57,25 +59,3 @@ def _explicit(q, k1, v1, k2, v2, scale, mask1, mask2, return_lse):
     if 0 in (k1.shape[2], k2.shape[2]):  # no pair: out 0 (still a function of its inputs), lse -inf
         out, lse = out * 0.0, lse.detach() - float("inf") if return_lse else lse
     return out.to(q.dtype), lse
-
-
-def backward(grad_out, grad_lse, q, k1, v1, k2, v2, mask1, mask2, scale):
-    """Gradients of q, k1, v1, k2, v2, from the inputs alone: for backends whose forward keeps no weights.
-
-    With p the softmax of one side, dp = grad_out v^T, and lse adding grad_lse p to the gradient of the scores:
-    ds = p * (dp - sum(p * dp) + grad_lse) * scale, dq = ds k, dk = ds^T q, dv = p^T grad_out.
-    """
-    mask1, mask2, any_pair = close_empty(mask1, mask2)
-    if any_pair is not None:
-        grad_out = torch.where(any_pair, grad_out, 0.0)
-        grad_lse = torch.where(any_pair[..., 0], grad_lse, 0.0)
-    if 0 in (k1.shape[2], k2.shape[2]):
-        grad_out, grad_lse = torch.zeros_like(grad_out), torch.zeros_like(grad_lse)
-    grads, dq = [], 0.0
-    for k, v, mask in ((k1, v1, mask1), (k2, v2, mask2)):
-        p, _ = masked_softmax(q @ k.transpose(-2, -1) * scale, mask, False)
-        dp = grad_out @ v.transpose(-2, -1)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True) + grad_lse.unsqueeze(-1)) * scale
-        dq = dq + ds @ k
-        grads += [ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ grad_out]
-    return dq, *grads

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from avfkernels._checks import check_tensors
 
 
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, *, scale: float) -> Tensor:
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, *, scale: float, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention over the keys [prefix ; own]:
 
         out[i] = sum_j softmax_j(scale * q[i] . [k_prefix ; k][j]) [v_prefix ; v][j]
@@ -20,13 +21,17 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix
         q, k, v: [B, H, N, d], [B, H, K, d], [B, H, K, dv]; k_prefix, v_prefix: [B, H, P, d], [B, H, P, dv]. fp32, fp16,
             bf16 or float64, one dtype and device.
         scale: factor on the logits.
+        return_lse: also return the log-sum-exp of the logits.
 
     Returns:
-        out [B, H, N, dv]; 0 if there is no key at all.
+        out [B, H, N, dv] and, if asked for, lse [B, H, N] in fp32 (float64 for float64 inputs). Without any key, out is
+        0 and lse is -inf.
 
     Raises:
         ValueError, TypeError: naming the argument, its shape or dtype, and what was expected.
     """
+    from avfkernels import _ops  # which imports the backends beside this file
+
     check_tensors(
         "prefix_attention",
         q,
@@ -38,4 +43,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix
             "v_prefix": (v_prefix, "B H P dv"),
         },
     )
-    return torch.ops.avfkernels.prefix_attention(q, k, v, k_prefix, v_prefix, scale=scale)
+    out, lse = _ops.call(
+        "prefix_attention", q=q, k=k, v=v, k_prefix=k_prefix, v_prefix=v_prefix, scale=scale, return_lse=return_lse
+    )
+    return (out, lse) if return_lse else out

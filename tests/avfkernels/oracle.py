@@ -19,6 +19,12 @@ def plain_pair(q, k1, v1, k2, v2, scale):
     return sum((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v for k, v in ((k1, v1), (k2, v2)))
 
 
+def plain_product(q, k1, v1, k2, v2, scale):
+    """Products over all pairs as one would type them, in the dtype of the inputs."""
+    k, v = ((a.unsqueeze(3) * b.unsqueeze(2)).flatten(2, 3) for a, b in ((k1, k2), (v1, v2)))
+    return (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
+
+
 def in_double(function, *tensors):
     """Runs a function on float64 copies under the reference backend; gradients if the tensors want them."""
     copies = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in tensors]

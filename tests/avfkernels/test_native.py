@@ -14,20 +14,23 @@ from avfkernels import _native, pair_attention
 pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
 
 CHECK_ONE_ISA = """
-import sys, torch, avfkernels
+import itertools, torch, avfkernels
 from avfkernels import _native
 from oracle import pair_inputs
 print(_native.library().avf_isa().decode())
-worst = 0.0
-shapes = (1, 1, 1, 1, 1, 1, 1), (2, 3, 16, 96, 196, 16, 16), (2, 3, 16, 8, 8, 16, 64), (1, 2, 21, 65, 130, 20, 23)
-for shape in shapes:
-    tensors = pair_inputs(*shape, dtype=torch.float32, logit=2.0)
-    with avfkernels.backend("cpu"):
-        out, lse = avfkernels.pair_attention(*tensors, scale=0.25, return_lse=True)
-    with avfkernels.backend("reference"):
-        exact, exact_lse = avfkernels.pair_attention(*(t.double() for t in tensors), scale=0.25, return_lse=True)
-    worst = max(worst, (out - exact).abs().max().item(), (lse - exact_lse).abs().max().item())
-assert worst < 5e-6, worst
+shapes = (1, 1, 1, 1, 1, 1, 1), (2, 3, 16, 19, 49, 16, 16), (2, 3, 16, 8, 8, 16, 64), (1, 2, 21, 65, 130, 20, 23)
+for shape, interaction, dropout_p in itertools.product(shapes, ("sum", "product"), (0.0, 0.3)):
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("cpu", torch.float32)):
+        tensors = [t.to(dtype).requires_grad_() for t in pair_inputs(*shape, dtype=torch.float32, logit=2.0)]
+        with avfkernels.backend(backend):
+            out, lse = avfkernels.pair_attention(
+                *tensors, scale=0.25, interaction=interaction, dropout_p=dropout_p, seed=1, return_lse=True
+            )
+        results.append((out, lse, *torch.autograd.grad(out.sin().sum() + lse.sin().sum(), tensors)))
+    for exact, got in zip(*results):
+        error = (got - exact).abs().max().item() / max(1.0, exact.abs().max().item())
+        assert error < 1e-5, (shape, interaction, dropout_p, error)
 """
 
 
@@ -48,28 +51,77 @@ def test_every_instruction_set_computes_the_same(isa):
         assert done.stdout.strip() == "portable"
 
 
-def test_results_are_bitwise_the_same_for_any_number_of_threads():
-    tensors = pair_inputs(3, 5, 40, 70, 90, dtype=torch.float32)
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_results_are_bitwise_the_same_for_any_number_of_threads(interaction, dropout_p):
+    tensors = pair_inputs(3, 5, 40, 70, 90, dtype=torch.float32, grad=True)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 3, 7):
             torch.set_num_threads(n)
             with avfkernels.backend("cpu"):
-                results.append(pair_attention(*tensors, scale=0.25))
+                out = pair_attention(*tensors, scale=0.25, interaction=interaction, dropout_p=dropout_p, seed=1)
+                results.append((out, *torch.autograd.grad(out.sin().sum(), tensors)))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_the_kernel_writes_every_element(monkeypatch):
-    """Outputs start as NaN; none may be left."""
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_kernels_write_every_element(monkeypatch, interaction, dropout_p):
+    """Outputs and gradients start as NaN; none may be left."""
     from avfkernels.pair_attention import cpu
 
-    empty = cpu._empty_outputs
-    monkeypatch.setattr(cpu, "_empty_outputs", lambda q, v: tuple(t.fill_(float("nan")) for t in empty(q, v)))
-    out, lse = cpu.kernel(*pair_inputs(2, 3, 21, 5, 70, 9, 23, torch.float32), 0.25, None, None)
-    assert bool(out.isfinite().all())
-    assert bool(lse.isfinite().all())
+    def poisoned(function):
+        def call(*args):
+            tensors = function(*args)
+            for tensor in tensors:
+                tensor.fill_(float("nan"))
+            return tensors
+
+        return call
+
+    monkeypatch.setattr(cpu, "_outputs", poisoned(cpu._outputs))
+    monkeypatch.setattr(cpu, "_saved", poisoned(cpu._saved))
+    monkeypatch.setattr(cpu, "backward_fake", poisoned(cpu.backward_fake))
+    tensors = pair_inputs(2, 3, 21, 5, 70, 9, 23, torch.float32)
+    options = (0.25, interaction, None, None, dropout_p, torch.tensor(1))
+    out, lse, *saved = cpu.kernel(*tensors, *options, True)
+    grads = cpu.backward_kernel(out, lse, *tensors, *saved, *options)
+    for tensor in (out, lse, *saved, *grads):
+        assert bool(tensor.isfinite().all())
+
+
+PEAK_MEMORY = """
+import resource, sys, torch, avfkernels
+from oracle import pair_inputs
+torch.set_num_threads(1)
+interaction, dropout_p, n = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+def run(n):
+    tensors = pair_inputs(1, 1, 4, n, n, 8, 8, torch.float32, grad=True)
+    with avfkernels.backend("cpu"):
+        out = avfkernels.pair_attention(*tensors, scale=0.25, interaction=interaction, dropout_p=dropout_p, seed=1)
+    torch.autograd.grad(out.sum(), tensors)
+run(8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(n)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize(("interaction", "dropout_p"), [("sum", 0.0), ("product", 0.0), ("sum", 0.3), ("product", 0.3)])
+def test_nothing_is_allocated_that_grows_with_the_number_of_pairs(interaction, dropout_p):
+    """4096 x 4096 pairs: one float for each would be 64 MiB, the gradients of all tokens are 1 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_MEMORY, interaction, str(dropout_p), "4096"],
+        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 16 * 2**20
 
 
 def test_the_process_keeps_its_denormals():
@@ -78,10 +130,11 @@ def test_the_process_keeps_its_denormals():
 
 
 def test_a_library_of_another_abi_is_refused(monkeypatch):
+    version = _native.ABI_VERSION
     monkeypatch.setattr(_native, "ABI_VERSION", 999)
     library, reason = _native._load.__wrapped__()
     assert library is None
-    assert "ABI version 1, this package 999; run `pip install -e .` again" in reason
+    assert f"ABI version {version}, this package 999; run `pip install -e .` again" in reason
 
 
 def test_a_missing_or_broken_library_is_explained(monkeypatch, tmp_path):

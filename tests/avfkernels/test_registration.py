@@ -37,12 +37,18 @@ def test_opcheck(op, inputs):
 
 
 @needs_native
+@pytest.mark.parametrize("interaction", ["sum", "product"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck_of_the_native_kernel(masked):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_opcheck_of_the_native_kernels(interaction, masked, dropout_p):
     masks = (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)) if masked else (None, None)
-    opcheck(
-        torch.ops.avfkernels.pair_attention_cpu.default, (*small_pair_inputs(torch.float32, grad=True), 0.5, *masks)
-    )
+    tensors = small_pair_inputs(torch.float32, grad=True)
+    options = (0.5, interaction, *masks, dropout_p, torch.tensor(3) if dropout_p else None)
+    opcheck(torch.ops.avfkernels.pair_attention_cpu.default, (*tensors, *options, True))
+    tensors = [t.detach() for t in tensors]
+    opcheck(torch.ops.avfkernels.pair_attention_cpu_inference.default, (*tensors, *options, True))
+    out, lse, *saved = torch.ops.avfkernels.pair_attention_cpu(*tensors, *options, True)
+    opcheck(torch.ops.avfkernels.pair_attention_cpu_backward.default, (out, lse, *tensors, *saved, *options))
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -61,29 +67,6 @@ def test_derivatives_of_lse_and_of_products_equal_finite_differences(interaction
     assert torch.autograd.gradcheck(
         lambda *t: pair_attention(*t, scale=0.5, interaction=interaction, mask1=mask, return_lse=True), tensors
     )
-
-
-def test_the_backward_of_the_fused_backends_equals_finite_differences():
-    """`eager.backward` serves kernels whose forward keeps no weights; it is itself differentiable."""
-    from avfkernels.pair_attention import eager
-
-    mask1, mask2 = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
-    mask1[0, 1], mask2[1] = False, False
-
-    class Pair(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *tensors):
-            ctx.save_for_backward(*tensors)
-            options = {"scale": 0.5, "interaction": "sum", "mask1": mask1, "mask2": mask2, "return_lse": True}
-            out, lse = eager.forward(*tensors, **options)
-            return out, lse.clamp(min=-100)  # -inf has no finite difference; its gradient is 0
-
-        @staticmethod
-        def backward(ctx, grad_out, grad_lse):
-            return eager.backward(grad_out, grad_lse, *ctx.saved_tensors, mask1, mask2, 0.5)
-
-    assert torch.autograd.gradcheck(Pair.apply, small_pair_inputs(grad=True))
-    assert torch.autograd.gradgradcheck(Pair.apply, small_pair_inputs(grad=True))
 
 
 @pytest.mark.parametrize(("op", "inputs"), OPS)
@@ -115,9 +98,24 @@ def test_the_native_kernel_is_chosen_under_compile_too():
     compiled = torch.compile(
         lambda *t: pair_attention(*t, scale=0.5), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
     )
-    tensors = small_pair_inputs(torch.float32)
+    tensors = pair_inputs(2, 4, 16, 96, 196, dtype=torch.float32)
     torch.testing.assert_close(compiled(*tensors), pair_attention(*tensors, scale=0.5))
-    assert "pair_attention_cpu" in graphs[0].code
+    assert "pair_attention_cpu_inference" in graphs[0].code
+
+
+@needs_native
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_the_native_backward_and_dropout_compile_whole(interaction):
+    torch._dynamo.reset()
+    tensors = small_pair_inputs(torch.float32, grad=True)
+
+    def run(*t):
+        return pair_attention(*t, scale=0.5, interaction=interaction, dropout_p=0.3, seed=torch.tensor(7))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = [(out, *torch.autograd.grad(out.sin().sum(), tensors)) for out in (compiled(*tensors), run(*tensors))]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(("op", "inputs"), OPS)

@@ -1,0 +1,171 @@
+"""What the kernels compile to, without a GPU: `python -m bench.codegen` writes bench/results/codegen.md.
+
+The backends run on tensors without memory, and every kernel that they would launch is compiled for each architecture
+with the sizes of tiles that they choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+PATH = Path(__file__).parent / "results" / "codegen.md"
+ARCHITECTURES = (80, 90, 100)
+# The most shared memory that a block may have, in bytes: 163, 227 and 227 KiB (CUDA C++ Programming Guide).
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
+COLUMNS = ("kernel", "shape", "dtype", "arch", "registers", "spills", "shared memory", "tensor cores")
+
+
+def _pair(interaction: str, F: int, dk: int, dv: int, dropout_p: float = 0.0, tokens: tuple[int, int] = (96, 196)):
+    from avfkernels.pair_attention import triton as backend
+
+    def run(dtype):
+        N1, N2 = tokens
+        shapes = ((F, dk), (N1, dk), (N1, dv), (N2, dk), (N2, dv))
+        tensors = [torch.empty(64, 12, *shape, dtype=dtype, device="meta") for shape in shapes]
+        if min(tokens) > 1000:
+            tensors = [t[:1, :1] for t in tensors]
+        seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
+        options = (0.125, interaction, None, None, dropout_p, seed)
+        out, lse, *saved = backend.kernel(*tensors, *options, True, True)
+        backend.backward_kernel(out, lse, *tensors, *saved, *options)
+
+    what = f"pair {interaction}{', dropout' if dropout_p else ''}{', split' if min(tokens) > 1000 else ''}"
+    return what, f"{F} queries, {dk} / {dv}", run
+
+
+def _prefix(dk: int, dv: int):
+    from avfkernels.prefix_attention import triton as backend
+
+    def run(dtype):
+        shapes = ((196, dk), (196, dk), (196, dv), (16, dk), (16, dv))
+        tensors = [torch.empty(64, 12, *shape, dtype=dtype, device="meta") for shape in shapes]
+        out, lse, saved = backend.kernel(*tensors, 0.125, True, True)
+        backend.backward_kernel(out, lse, *tensors, saved, 0.125)
+
+    return "prefix", f"196 queries, {dk} / {dv}", run
+
+
+def _latent(D: int):
+    from avfkernels.latent_attention import triton as backend
+
+    def run(dtype):
+        q, x = (torch.empty(64, n, D, dtype=dtype, device="meta") for n in (96, 196))
+        out, lse, saved = backend.kernel(q, x, 0.125, None, True, True)
+        backend.backward_kernel(out, lse, q, x, saved, 0.125, None)
+
+    return "latent", f"96 queries, {D}", run
+
+
+def cases(every: bool = True) -> list[tuple[str, str, Callable]]:
+    """(what, shape, function of a dtype that runs forward and backward): every kernel once, or each size of tile."""
+    once = [_pair("sum", 16, 16, 64), _pair("product", 16, 64, 64), _prefix(64, 64), _latent(768)]
+    if not every:
+        return once
+    return [
+        *once,
+        *(_pair("sum", F, d, d) for F in (16, 196) for d in (16, 64, 128)),
+        _pair("sum", 196, 16, 64),
+        _pair("sum", 16, 16, 16, tokens=(4096, 4096)),
+        *(_pair("product", 16, *width) for width in ((16, 16), (16, 64), (128, 128))),
+        _pair("sum", 16, 16, 16, dropout_p=0.1),
+        _pair("product", 16, 64, 64, dropout_p=0.1),
+        *(_prefix(d, d) for d in (16, 128)),
+        *(_latent(D) for D in (64, 1024)),
+    ]
+
+
+@contextlib.contextmanager
+def compiling(arch: int) -> Iterator[list]:
+    """Inside, launches compile for `arch` and do nothing else; the list fills with the compiled kernels."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class NoDriver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", arch, 32))
+        get_current_device = staticmethod(lambda: arch)  # kernels are kept by device
+        get_current_stream = staticmethod(lambda device: 0)
+
+    launch, kernels = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel not in kernels:
+            kernels.append(kernel)
+
+    driver.set_active(NoDriver())
+    JITFunction.run = compile_only
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = launch
+
+
+def resources(kernel) -> dict:
+    """Registers a thread, bytes spilled a thread, bytes of shared memory, and the tensor-core instructions."""
+    from triton.knobs import nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    number = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return {
+        "registers": number["REG"],
+        "spills": number["STACK"] + number["LOCAL"],
+        "shared memory": kernel.metadata.shared,
+        "tensor cores": ", ".join(name for name in TENSOR_CORES if name in kernel.asm["ptx"]),
+    }
+
+
+def triton_rows(every: bool = True, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
+    rows = []
+    for arch in ARCHITECTURES:
+        for what, shape, run in cases(every):
+            with compiling(arch) as kernels:
+                run(dtype)
+            for kernel in kernels:
+                names = {"kernel": f"{what}: {kernel.metadata.name.removesuffix('_kernel')}", "shape": shape}
+                rows.append(names | {"dtype": str(dtype)[6:], "arch": f"sm_{arch}"} | resources(kernel))
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([str(row.get(column, "")) for column in COLUMNS] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def sources() -> str:
+    """A fingerprint of the files that the Triton kernels are made of."""
+    folder = Path(__file__).parents[1] / "avfkernels"
+    files = sorted([folder / "_tiles.py", *folder.glob("*/triton*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def markdown() -> str:
+    import triton
+
+    text = (
+        "# What the kernels compile to\n\nWritten by `python -m bench.codegen`, without a GPU. Registers and bytes "
+        "spilled are those of a thread, bytes of shared memory those of a block.\n\n"
+        f"## Triton {triton.__version__}\n\nSources: {sources()}\n\n{table(triton_rows())}"
+    )
+    try:
+        from bench.codegen_cuda import rows
+    except ImportError:  # no nvcc
+        return text
+    return f"{text}\n## CUDA\n\n{table(rows())}"
+
+
+if __name__ == "__main__":
+    PATH.write_text(markdown())

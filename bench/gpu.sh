@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in under ten minutes, from a bare checkout in an environment with torch, setuptools, ninja,
+# pytest, pytest-benchmark and hypothesis: build, `pytest -m gpu`, compute-sanitizer on small shapes, kernel benchmarks,
+# the encoder table.
+# The benchmarks write bench/results/<gpu>.{json,md,png}, this script <gpu>.gpu.log and, printed last, <gpu>.gpu.txt.
+# A step that fails does not stop the next; the exit status says whether all passed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+gpu=$($python -c 'import torch; from bench import measure; print(measure.slug(torch.cuda.get_device_name()))') || exit 1
+arch=$($python -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + "a" * (a == 9))')
+log=bench/results/$gpu.gpu.log
+summary=bench/results/$gpu.gpu.txt
+mkdir -p bench/results
+: > "$log"
+{
+    echo "$gpu, compute capability $arch, $(date -u +%Y-%m-%dT%H:%MZ)"
+    echo "commit $(git describe --always --dirty 2> /dev/null || echo unknown)"
+    $python -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
+    nvcc --version 2> /dev/null | tail -1
+} > "$summary"
+failed=0
+
+# step NAME SECONDS COMMAND...: runs it, everything it says to the log, its last line to the summary.
+step() {
+    local name=$1 limit=$2 begin=$SECONDS status
+    shift 2
+    echo "== $name" | tee -a "$log"
+    timeout "$limit" "$@" 2>&1 | tee -a "$log" | tail -n 40 > "$log.tail"
+    status=${PIPESTATUS[0]}
+    ((status == 0)) || failed=1
+    printf '%-28s %-6s %4d s  %s\n' "$name" "$([[ $status == 0 ]] && echo ok || echo "FAILED")" $((SECONDS - begin)) \
+        "$(grep -v '^\s*$' "$log.tail" | tail -n 1)" >> "$summary"
+    rm -f "$log.tail"
+}
+
+step build 60 env AVF_REQUIRE_NATIVE=1 AVF_CUDA_ARCHS="$arch" $python setup.py -q build_ext --inplace
+step "pytest -m gpu" 200 $python -m pytest -q -m gpu tests/avfkernels
+
+if sanitizer=$(command -v compute-sanitizer); then
+    # Without torch's cache each tensor is an allocation of its own, so that a step beyond one is seen.
+    for tool in memcheck racecheck; do
+        step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --error-exitcode 1 \
+            $python -m pytest -q -p no:cacheprovider -m gpu tests/avfkernels/test_gpu.py -k "sanitizer and cuda"
+    done
+else
+    echo "memcheck, racecheck          not run: there is no compute-sanitizer on PATH" >> "$summary"
+fi
+
+step "kernel benchmarks" 80 $python -m pytest -q bench/ --benchmark -k attention
+step "encoder table" 130 $python -m pytest -q bench/test_encoder.py --benchmark
+
+echo
+cat "$summary"
+exit $failed

@@ -1,0 +1,388 @@
+"""The CUDA kernels without a GPU: their source run on the CPU (cuda_emulation.h), and what nvcc makes of it."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import assert_accurate, pair_inputs
+from torch.library import opcheck
+
+import avfkernels
+from avfkernels import _native, pair_attention
+from avfkernels.pair_attention import cuda
+from bench import codegen_cuda
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+NAMES = ("q", "k1", "v1", "k2", "v2")
+DTYPES = (torch.bfloat16, torch.float16)
+INTERACTIONS = ("sum", "product")
+
+
+class NoGuard:
+    """In place of a device guard and a stream."""
+
+    def __init__(self, device):
+        assert device.type == "cpu"
+
+    def __enter__(self):
+        return 0
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """csrc/*.cu as a C++ compiler sees them: the kernels as they are, a warp as 32 fibers."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("emulation")
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    objects, jobs = [], []
+    for source in CSRC.glob("*.cu"):
+        objects.append(folder / f"{source.stem}.o")
+        command = [compiler, *flags, f"-I{HERE}", "-x", "c++", "-c", source, "-o", objects[-1]]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for job in jobs:
+        _, messages = job.communicate()
+        assert job.returncode == 0, messages
+    subprocess.run([compiler, "-shared", *objects, "-o", folder / "emulated.so"], check=True)
+    library = ctypes.CDLL(str(folder / "emulated.so"))
+    library.avf_cuda_error.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture(scope="module")
+def registered():
+    """The op on CPU tensors."""
+    fragment = torch.library.Library("avfkernels", "IMPL")
+    fragment.impl("pair_attention_cuda", cuda.kernel, "CPU")
+    fragment.impl("pair_attention_cuda_backward", cuda.backward_kernel, "CPU")
+    yield
+    fragment._destroy()
+
+
+@pytest.fixture
+def emulated(library, registered, monkeypatch):
+    monkeypatch.setattr(_native, "_load_cuda", lambda: (library, None))
+    monkeypatch.setattr(cuda, "_on", NoGuard)
+
+
+def run(tensors, interaction="sum", mask1=None, mask2=None, return_lse=True, scale=0.25):
+    return cuda.forward(
+        *tensors, scale=scale, interaction=interaction, mask1=mask1, mask2=mask2, dropout_p=0.0, seed=None,
+        return_lse=return_lse,
+    )  # fmt: skip
+
+
+def exact(tensors, **options):
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    with avfkernels.backend("reference"):
+        return pair_attention(*doubles, scale=0.25, return_lse=True, **options), doubles
+
+
+def plain(tensors, interaction="sum", mask1=None, mask2=None):
+    """The formula as one would type it, in the dtype of the inputs."""
+    q, *keys_and_values = tensors
+    sides = [(*keys_and_values[:2], mask1), (*keys_and_values[2:], mask2)]
+    if interaction == "product":
+        (k1, v1, _), (k2, v2, _) = sides
+        k, v = ((a.unsqueeze(3) * b.unsqueeze(2)).flatten(2, 3) for a, b in ((k1, k2), (v1, v2)))
+        both = None if mask1 is None else (mask1.unsqueeze(2) & mask2.unsqueeze(1)).flatten(1)
+        sides = [(k, v, both)]
+    out, lse = 0.0, 0.0
+    for k, v, mask in sides:
+        logits = q @ k.transpose(-2, -1) * 0.25
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
+        out, lse = out + logits.softmax(-1) @ v, lse + logits.logsumexp(-1)
+    return out, lse.float()
+
+
+def masks_for(B, N1, N2):
+    g = torch.Generator().manual_seed(3)
+    masks = [torch.rand(B, n, generator=g) > 0.4 for n in (N1, N2)]
+    for mask in masks:
+        mask[:, 0] = True
+    return dict(zip(("mask1", "mask2"), masks, strict=True))
+
+
+# B, H, F, N1, N2, dk, dv: one query and many, one token and many, odd numbers, every width
+SHAPES = [
+    (2, 2, 16, 19, 49, 16, 16),
+    (1, 2, 1, 1, 1, 16, 16),
+    (1, 1, 5, 8, 8, 16, 64),
+    (2, 1, 21, 33, 130, 16, 64),
+    (1, 2, 16, 130, 7, 32, 64),
+    (1, 1, 33, 65, 40, 64, 32),
+    (1, 1, 3, 290, 70, 16, 16),  # more than a warp takes at once
+]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_that_of_the_plain_formula(emulated, shape, interaction, dtype, masked):
+    B, H, F, N1, N2, _, dv = shape
+    gradients = interaction == "sum"  # products have no backward
+    tensors = pair_inputs(*shape, dtype=dtype, logit=2.0, grad=gradients)
+    options = {"interaction": interaction} | (masks_for(B, N1, N2) if masked else {})
+    (out, lse), (plain_out, plain_lse) = run(tensors, **options), plain(tensors, **options)
+    (exact_out, exact_lse), doubles = exact(tensors, **options)
+    assert_accurate(out, exact_out, plain_out, "out")
+    if interaction == "product":  # q * a_i is rounded to the dtype
+        q, k1, _, k2, _ = (t.double().abs() for t in tensors)
+        largest = (q @ (k1.unsqueeze(3) * k2.unsqueeze(2)).flatten(2, 3).transpose(-2, -1) * 0.25).max().item()
+        assert (lse - exact_lse).abs().max().item() <= 0.5 * torch.finfo(dtype).eps * largest + 1e-5
+    else:
+        assert_accurate(lse, exact_lse, plain_lse, "lse")
+        g = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(B, H, F, dv, generator=g).to(dtype), torch.randn(B, H, F, generator=g)]
+        exact_grads = torch.autograd.grad([exact_out, exact_lse], doubles, [t.double() for t in upstream])
+        plain_grads = torch.autograd.grad([plain_out, plain_lse], tensors, upstream)
+        grads = torch.autograd.grad([out, lse], tensors, upstream)
+        for name, *triple in zip(NAMES, grads, exact_grads, plain_grads, strict=True):
+            assert_accurate(*triple, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dk", cuda.WIDTHS)
+@pytest.mark.parametrize("dv", cuda.WIDTHS)
+def test_every_width_equals_the_pairs(emulated, dk, dv):
+    tensors = pair_inputs(1, 1, 17, 9, 35, dk, dv, torch.float16, grad=True)
+    (out, lse), ((exact_out, exact_lse), doubles) = run(tensors), exact(tensors)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), tensors)
+    exact_grads = torch.autograd.grad(exact_out.sum() + exact_lse.sum(), doubles)
+    for got, expected in zip((out, lse, *grads), (exact_out, exact_lse, *exact_grads), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=4e-3, atol=4e-3)
+    (out, lse), ((exact_out, exact_lse), _) = (
+        run(tensors := [t.detach() for t in tensors], "product"),
+        exact(tensors, interaction="product"),
+    )
+    torch.testing.assert_close(out.double(), exact_out, rtol=4e-3, atol=8e-3)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize(("N1", "N2"), [(0, 9), (9, 0), (0, 0), (9, 40)])
+def test_without_a_pair_the_output_is_zero_with_zero_gradients(emulated, interaction, N1, N2):
+    tensors = pair_inputs(3, 2, 5, N1, N2, dtype=torch.bfloat16, grad=interaction == "sum")
+    mask1, mask2 = torch.ones(3, N1, dtype=torch.bool), torch.ones(3, N2, dtype=torch.bool)
+    mask1[0], mask2[2] = False, False
+    out, lse = run(tensors, interaction, mask1, mask2)
+    grads = torch.autograd.grad(out.float().sum(), tensors) if interaction == "sum" else ()
+    without = slice(None) if 0 in (N1, N2) else [0, 2]
+    assert bool((lse[without] == float("-inf")).all())
+    for tensor in (out, *grads):
+        assert torch.equal(tensor[without], torch.zeros_like(tensor[without]))
+        assert 0 in (N1, N2) or bool((tensor[1] != 0).any())
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("logit", [1e-3, 100.0])
+def test_extreme_logits(emulated, interaction, logit):
+    """Where rounding a logit moves whole weights, the largest error is one of chance: the mean one is compared."""
+    tensors = pair_inputs(1, 2, 17, 33, 65, 16, 16, torch.bfloat16, logit)
+    (exact_out, _), _ = exact(tensors, interaction=interaction)
+    results = (run(tensors, interaction)[0], plain(tensors, interaction)[0])
+    error, allowed = ((out.double() - exact_out).abs().mean().item() for out in results)
+    assert error <= 1.5 * allowed + torch.finfo(torch.bfloat16).eps * exact_out.abs().mean().item()
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("index", range(5))
+def test_non_finite_input_does_not_vanish(emulated, interaction, index):
+    tensors = pair_inputs(1, 1, 4, 5, 6, 16, 16, torch.bfloat16)
+    tensors[index][0, 0, 1] = float("nan")
+    assert not run(tensors, interaction)[0].isfinite().all()
+
+
+def packed_views(dtype):
+    """q, k1, v1, k2, v2 as slices of projections [B, N, 3, H, d]; what is not theirs is NaN."""
+    packed = [torch.full((2, n, 3, 4, 16), float("nan"), dtype=dtype) for n in (21, 37, 50)]
+    views = [packed[i][:, :, part].transpose(1, 2)[:, 1:3] for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))]
+    for view, values in zip(views, pair_inputs(2, 2, 21, 37, 50, dtype=dtype), strict=True):
+        view.copy_(values)
+    return views
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_strided_inputs_and_an_expanded_gradient(emulated, interaction):
+    gradients = interaction == "sum"
+    views = [view.requires_grad_(gradients) for view in packed_views(torch.bfloat16)]
+    copies = [view.detach().clone(memory_format=torch.contiguous_format).requires_grad_(gradients) for view in views]
+    out, copied = run(views, interaction)[0], run(copies, interaction)[0]
+    assert torch.equal(out, copied)
+    if gradients:  # sum() hands back a gradient all of whose strides are 0
+        grads, expected = torch.autograd.grad(out.sum(), views), torch.autograd.grad(copied.sum(), copies)
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_every_element_is_written_and_none_beside_them(emulated, monkeypatch):
+    """Outputs and gradients lie in the middle of NaN, every second token and head of which is not theirs."""
+    made = []
+
+    def surrounded(tensor, width):
+        B, H, N, _ = tensor.shape
+        memory = tensor.new_full((B + 2, 2 * N + 2, 2 * H + 2, width), float("nan"))
+        view = memory[1:-1, 1:-1:2, 1:-1:2].transpose(1, 2)
+        made.append((memory, view))
+        return view
+
+    monkeypatch.setattr(cuda, "_like", surrounded)
+    tensors = pair_inputs(2, 3, 21, 5, 70, 16, 64, torch.bfloat16)
+    out, lse, saved = cuda.kernel(*tensors, 0.25, "sum", None, None, True, True)
+    cuda.backward_kernel(out, lse, *tensors, saved, 0.25, "sum", None, None)
+    cuda.kernel(*tensors, 0.25, "product", None, None, True, False)
+    assert len(made) == 7
+    for memory, view in made:
+        assert bool(view.isfinite().all())
+        assert int(memory.isfinite().sum()) == view.numel()
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_another_order_of_the_threads_gives_the_same_bits(emulated, monkeypatch, interaction):
+    """A missing barrier would show: the threads of a block run backwards."""
+    tensors = pair_inputs(1, 2, 21, 70, 130, 16, 16, torch.bfloat16, grad=interaction == "sum")
+    results = []
+    for order in ("forwards", "backwards"):
+        monkeypatch.setenv("AVF_EMULATION_ORDER", order)
+        out, lse = run(tensors, interaction)
+        results.append((out, lse, *(torch.autograd.grad(out.sum(), tensors) if interaction == "sum" else ())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_a_batch_entry_does_not_depend_on_the_batch(emulated, interaction):
+    tensors = pair_inputs(3, 2, 16, 40, 70, dtype=torch.float16)
+    whole, alone = run(tensors, interaction), run([t[1:2] for t in tensors], interaction)
+    assert all(torch.equal(a[1:2], b) for a, b in zip(whole, alone, strict=True))
+
+
+def test_gradients_of_lse_alone(emulated):
+    tensors = pair_inputs(dtype=torch.float16, grad=True)
+    grads = torch.autograd.grad(run(tensors)[1].sin().sum(), tensors)
+    (_, lse), doubles = exact(tensors)
+    expected = torch.autograd.grad(lse.sin().sum(), doubles, allow_unused=True)
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.double(), torch.zeros_like(grad).double() if other is None else other,
+                                   rtol=2e-3, atol=2e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(emulated, masked):
+    masks = masks_for(2, 9, 14).values() if masked else (None, None)
+    tensors = pair_inputs(dtype=torch.bfloat16, grad=True)
+    opcheck(torch.ops.avfkernels.pair_attention_cuda.default, (*tensors, 0.25, "sum", *masks, True, True))
+    tensors = [t.detach() for t in tensors]
+    out, lse, saved = torch.ops.avfkernels.pair_attention_cuda(*tensors, 0.25, "sum", *masks, True, True)
+    arguments = (out, lse, *tensors, saved, 0.25, "sum", *masks)
+    opcheck(torch.ops.avfkernels.pair_attention_cuda_backward.default, arguments)
+
+
+def test_an_error_code_becomes_an_exception(emulated):
+    with pytest.raises(RuntimeError, match=r"avf_cuda_pair_attention_forward failed: invalid argument \(1\)"):
+        run(pair_inputs(dk=48, dtype=torch.bfloat16))
+    tensors = pair_inputs(dtype=torch.bfloat16)
+    tensors[1] = torch.empty(tensors[1].numel() + 1, dtype=torch.bfloat16)[1:].view_as(tensors[1])
+    with pytest.raises(RuntimeError, match="avf_cuda_pair_attention_forward failed: misaligned address"):
+        run(tensors)
+
+
+class Fake:
+    """A CUDA tensor, as far as why_not looks before it asks for the device."""
+
+    def __init__(self, shape=(2, 3, 5, 16), dtype=torch.bfloat16, stride=None, offset=0, requires_grad=False):
+        self.device, self.dtype, self.shape, self.requires_grad = torch.device("cuda"), dtype, shape, requires_grad
+        self._stride, self._offset = stride or torch.empty(shape, device="meta").stride(), offset
+
+    def stride(self, dim=None):
+        return self._stride if dim is None else self._stride[dim]
+
+    def storage_offset(self):
+        return self._offset
+
+
+@pytest.mark.parametrize(
+    ("k1", "options", "reason"),
+    [
+        ({}, {"dropout_p": 0.1}, "it has no dropout"),
+        ({"requires_grad": True}, {"interaction": "product"}, "it has no gradients of products"),
+        ({"stride": (240, 80, 1, 5)}, {}, r"k1 has a last stride of 5, not 1"),
+        ({"stride": (252, 84, 17, 1)}, {}, r"the rows of k1 \(strides \(252, 84, 17, 1\)\) do not begin at multiples"),
+        ({"offset": 4}, {}, "the rows of k1 .* do not begin at multiples of 16 bytes"),
+    ],
+)
+def test_why_not_says_what_it_cannot_do(k1, options, reason):
+    arguments = {name: Fake() for name in NAMES} | {"k1": Fake(**k1), "interaction": "sum", "dropout_p": 0.0} | options
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(cuda.why_not(**arguments))
+
+
+def test_why_not_names_the_dtype_the_width_and_the_device():
+    options = {"interaction": "sum", "dropout_p": 0.0}
+    for change, reason in (
+        ({"dtype": torch.float32}, "it takes bfloat16 and float16, not torch.float32"),
+        ({"shape": (2, 3, 5, 24)}, "it takes widths of 16, 32 and 64, not 24 and 24"),
+    ):
+        assert cuda.why_not(**{name: Fake(**change) for name in NAMES}, **options) == reason
+    tensors = dict(zip(NAMES, pair_inputs(dtype=torch.bfloat16), strict=True))
+    assert cuda.why_not(**tensors, **options) == "the tensors are on cpu, not on a CUDA device"
+
+
+def test_a_missing_broken_or_foreign_library_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "CUDA_PATH", tmp_path / "libavfkernels_cuda.so")
+    load = _native._load_cuda.__wrapped__
+    assert "libavfkernels_cuda.so was not built: it needs nvcc" in load()[1]
+    _native.CUDA_PATH.write_bytes(b"not a library")
+    assert "libavfkernels_cuda.so does not load" in load()[1]
+    monkeypatch.setattr(_native, "_load_cuda", load)
+    with pytest.raises(RuntimeError, match="does not load"):
+        _native.cuda_library()
+
+
+def test_a_library_of_another_abi_is_refused(library, monkeypatch):
+    monkeypatch.setattr(_native, "CUDA_PATH", Path(library._name))
+    monkeypatch.setattr(_native, "CUDA_ABI_VERSION", 999)
+    assert "ABI version 1, this package 999" in _native._load_cuda.__wrapped__()[1]
+
+
+@pytest.fixture(scope="module")
+def code():
+    if reason := codegen_cuda.why_not():
+        pytest.skip(reason)
+    return codegen_cuda.rows()
+
+
+def test_every_kernel_compiles_for_every_architecture_without_spills(code):
+    kernels = {row["kernel"] for row in code}
+    assert len(kernels) == 3 * 2 * 9  # kernels, dtypes, widths
+    assert {(row["kernel"], row["arch"]) for row in code} == {
+        (k, f"sm_{a}") for k in kernels for a in codegen_cuda.ARCHS
+    }
+    assert [row for row in code if row["spills"] or row["registers"] > 255] == []
+    assert max(row["shared memory"] for row in code) <= 48 * 1024  # what every GPU gives without being asked
+
+
+def test_every_kernel_is_made_of_tensor_core_instructions(code):
+    for row in code:
+        _, _, widths = row["kernel"].split()
+        dk, dv = map(int, widths.split("/"))
+        # forward: 4 tiles of 8 tokens need dk / 16 instructions each, 2 tiles of 16 need dv / 8
+        fewest = 4 * dk // 16 + 2 * dv // 8
+        assert row["mma instructions"] >= fewest, row
+        assert row["transposes"] > 0, row

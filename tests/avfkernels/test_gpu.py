@@ -1,0 +1,278 @@
+"""On a GPU (`pytest -m gpu`): every backend of every op against float64, graphs, compile, streams, devices, repeats."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import assert_accurate, pair_inputs, plain_pair, plain_product
+from torch.library import opcheck
+
+import avfkernels
+from avfkernels import _ops, latent_attention, pair_attention, prefix_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+BACKENDS = ("eager", "triton", "cuda")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERACTIONS = ("sum", "product")
+NAMES = ("q", "k1", "v1", "k2", "v2")
+DEFAULTS = {"scale": 0.25, "interaction": "sum", "mask1": None, "mask2": None, "dropout_p": 0.0, "seed": None}
+
+
+def inputs(*shape, dtype=torch.bfloat16, grad=False, device="cuda", **options):
+    return [t.to(device).requires_grad_(grad) for t in pair_inputs(*shape, dtype=dtype, **options)]
+
+
+def skip_unless_it_runs(backend, tensors, **options):
+    table = _ops.BACKENDS["pair_attention"]
+    if backend not in table:
+        pytest.skip("not implemented for this op")
+    arguments = dict(zip(NAMES, tensors, strict=True)) | DEFAULTS | {"return_lse": True} | options
+    if reason := table[backend].why_not(**arguments):
+        pytest.skip(reason)
+
+
+def run(backend, tensors, **options):
+    with avfkernels.backend(backend):
+        return pair_attention(*tensors, **{"scale": 0.25, "return_lse": True} | options)
+
+
+def with_gradients(backend, tensors, **options):
+    out, lse = run(backend, tensors, **options)
+    finite = torch.where(lse.isfinite(), lse, 0.0)
+    return (out, lse, *torch.autograd.grad(out.float().sin().sum() + finite.sin().sum(), tensors))
+
+
+def masks_for(B, N1, N2):
+    masks = [torch.rand(B, n, generator=torch.Generator().manual_seed(n)) > 0.4 for n in (N1, N2)]
+    for mask in masks:
+        mask[:, 0] = True
+    return {"mask1": masks[0].cuda(), "mask2": masks[1].cuda()}
+
+
+# B, H, F, N1, N2, dk, dv
+SMALL = [(2, 2, 16, 19, 49, 16, 16), (1, 2, 5, 8, 8, 16, 64), (2, 1, 21, 33, 130, 32, 64)]
+SHAPES = [*SMALL, (4, 12, 16, 96, 196, 16, 16), (1, 1, 1, 1, 1, 16, 16)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pair_error_is_that_of_the_plain_formula(backend, shape, interaction, dtype, masked):
+    B, H, F, N1, N2, _, dv = shape
+    options = {"interaction": interaction} | (masks_for(B, N1, N2) if masked else {})
+    tensors = inputs(*shape, dtype=dtype, logit=2.0, grad=True)
+    if interaction == "product" and backend == "cuda":
+        tensors = [t.detach() for t in tensors]  # has no backward of products
+    skip_unless_it_runs(backend, tensors, **options)
+    gradients = tensors[0].requires_grad
+    doubles = [t.detach().double().requires_grad_(gradients) for t in tensors]
+    exact, exact_lse = run("reference", doubles, **options)
+    out, lse = run(backend, tensors, **options)
+    if masked:
+        plain = run("reference", tensors, **options)[0]
+    else:
+        plain = (plain_pair if interaction == "sum" else plain_product)(*tensors, 0.25)
+    assert_accurate(out, exact, plain, "out")
+    atol = 1e-4 if interaction == "sum" else 1e-4 + 8 * torch.finfo(dtype).eps  # q * a_i may be rounded to the dtype
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=atol)
+    if gradients:
+        upstream = torch.randn(B, H, F, dv, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
+        exact_grads = torch.autograd.grad(exact, doubles, upstream.double())
+        plain_grads = torch.autograd.grad(plain, tensors, upstream)
+        grads = torch.autograd.grad(out, tensors, upstream)
+        for name, *triple in zip(NAMES, grads, exact_grads, plain_grads, strict=True):
+            assert_accurate(*triple, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_drops_the_pairs_that_the_reference_drops(backend, interaction, dtype):
+    options = {"interaction": interaction, "dropout_p": 0.3, "seed": torch.tensor(5, device="cuda")}
+    tensors = inputs(2, 3, 16, 33, 70, dtype=dtype, grad=True)
+    skip_unless_it_runs(backend, tensors, **options)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    upstream = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
+    results = []
+    for name, given in ((backend, tensors), ("reference", doubles), ("reference", tensors)):
+        out, _ = run(name, given, **options)
+        results.append((out, *torch.autograd.grad(out, given, upstream.to(out.dtype))))
+    for name, *triple in zip(("out", *NAMES), *results, strict=True):
+        assert_accurate(*triple, name)
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_entries_without_a_pair_are_zero(backend, interaction):
+    gradients = not (interaction == "product" and backend == "cuda")
+    tensors = inputs(3, 2, 16, 9, 40, grad=gradients)
+    mask1, mask2 = (torch.ones(3, n, dtype=torch.bool, device="cuda") for n in (9, 40))
+    mask1[0], mask2[2] = False, False
+    options = {"interaction": interaction, "mask1": mask1, "mask2": mask2}
+    skip_unless_it_runs(backend, tensors, **options)
+    out, lse, *grads = (with_gradients if gradients else run)(backend, tensors, **options)
+    assert bool((lse[[0, 2]] == float("-inf")).all())
+    for tensor in (out, *grads):
+        assert torch.equal(tensor[[0, 2]], torch.zeros_like(tensor[[0, 2]]))
+        assert bool((tensor[1] != 0).any())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slices_of_a_packed_projection(backend):
+    packed = [torch.randn(2, n, 3, 4, 16, device="cuda", dtype=torch.bfloat16) for n in (16, 37, 50)]
+    views = [packed[i][:, :, part].transpose(1, 2) for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))]
+    views = [view.requires_grad_() for view in views]
+    copies = [view.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for view in views]
+    skip_unless_it_runs(backend, views)
+    for a, b in zip(with_gradients(backend, views), with_gradients(backend, copies), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_small_shapes_for_the_sanitizer(backend, shape):
+    """What bench/gpu.sh runs under compute-sanitizer: every kernel, forward and backward, few threads."""
+    for interaction, dropout_p in itertools.product(INTERACTIONS, (0.0, 0.3)):
+        options = {"interaction": interaction, "dropout_p": dropout_p, "seed": torch.tensor(1, device="cuda")}
+        tensors = inputs(*shape, grad=True)
+        table = _ops.BACKENDS["pair_attention"]
+        arguments = dict(zip(NAMES, tensors, strict=True)) | DEFAULTS | {"return_lse": True} | options
+        if backend in table and not table[backend].why_not(**arguments):
+            with_gradients(backend, tensors, **options)
+        tensors = [t.detach() for t in tensors]
+        if backend in table and not table[backend].why_not(**arguments | dict(zip(NAMES, tensors, strict=True))):
+            run(backend, tensors, **options)
+    torch.cuda.synchronize()
+
+
+def other_inputs(op, dtype):
+    g = torch.Generator().manual_seed(0)
+    if op is latent_attention:
+        shapes = [(2, 96, 768), (2, 196, 768)]
+    else:
+        shapes = [(2, 4, 49, 64), (2, 4, 49, 64), (2, 4, 49, 64), (2, 4, 16, 64), (2, 4, 16, 64)]
+    return [torch.randn(shape, generator=g).to("cuda", dtype).requires_grad_() for shape in shapes]
+
+
+def plain_other(op, tensors, scale):
+    if op is latent_attention:
+        q, x = tensors
+        return (q @ x.transpose(-2, -1) * scale).softmax(-1) @ x
+    q, k, v, k_prefix, v_prefix = tensors
+    k, v = torch.cat((k_prefix, k), 2), torch.cat((v_prefix, v), 2)
+    return (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", [latent_attention, prefix_attention])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_other_ops_are_as_accurate(backend, op, dtype):
+    if backend not in _ops.BACKENDS[op.__name__]:
+        pytest.skip("not implemented for this op")
+    tensors = other_inputs(op, dtype)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    scale = tensors[0].shape[-1] ** -0.5
+    with avfkernels.backend("reference"):
+        exact = op(*doubles, scale=scale)
+    with avfkernels.backend(backend):
+        out = op(*tensors, scale=scale)
+    plain = plain_other(op, tensors, scale)
+    assert_accurate(out, exact, plain, "out")
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
+    grads = [
+        torch.autograd.grad(x, t, upstream.to(x.dtype)) for x, t in ((out, tensors), (exact, doubles), (plain, tensors))
+    ]
+    for i, triple in enumerate(zip(*grads, strict=True)):
+        assert_accurate(*triple, f"gradient {i}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cuda_graphs_replay_with_new_inputs(backend):
+    tensors, others = inputs(4, 12, 16, 96, 196, grad=True), inputs(4, 12, 16, 96, 196, seed=1, grad=True)
+    skip_unless_it_runs(backend, tensors)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            with_gradients(backend, tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = with_gradients(backend, tensors)
+    with torch.no_grad():
+        for tensor, other in zip(tensors, others, strict=True):
+            tensor.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, expected in zip(captured, with_gradients(backend, others), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_whole_with_dynamic_shapes(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: pair_attention(*t, scale=0.25), fullgraph=True, dynamic=True)
+    for shape in ((2, 3, 16, 19, 49, 16, 16), (3, 3, 16, 33, 70, 16, 16)):
+        tensors = inputs(*shape, grad=True)
+        skip_unless_it_runs(backend, tensors)
+        with avfkernels.backend(backend):
+            out, expected = compiled(*tensors), pair_attention(*tensors, scale=0.25)
+        torch.testing.assert_close(out, expected, rtol=1.6e-2, atol=1e-2)
+        grads = [torch.autograd.grad(x.float().sin().sum(), tensors) for x in (out, expected)]
+        torch.testing.assert_close(*grads, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_streams_do_not_disturb_each_other(backend):
+    first, second = (inputs(8, 12, 16, 96, 196, seed=seed, grad=True) for seed in (0, 1))
+    skip_unless_it_runs(backend, first)
+    expected = [with_gradients(backend, tensors) for tensors in (first, second)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        results = []
+        for stream, tensors in zip(streams, (first, second), strict=True):
+            with torch.cuda.stream(stream):
+                results.append(with_gradients(backend, tensors))
+        torch.cuda.synchronize()
+        for got, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_device_that_is_not_the_current_one(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    tensors = inputs(2, 3, 16, 19, 49, grad=True)
+    skip_unless_it_runs(backend, tensors)
+    there = [t.detach().to("cuda:1").requires_grad_() for t in tensors]
+    assert torch.cuda.current_device() == 0
+    for got, expected in zip(with_gradients(backend, there), with_gradients(backend, tensors), strict=True):
+        assert got.device == torch.device("cuda:1")
+        torch.testing.assert_close(got.cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_hundred_runs_give_the_same_bits(backend, interaction):
+    gradients = not (interaction == "product" and backend == "cuda")
+    tensors = inputs(4, 12, 21, 96, 196, grad=gradients)
+    skip_unless_it_runs(backend, tensors, interaction=interaction)
+    call = with_gradients if gradients else run
+    first = call(backend, tensors, interaction=interaction)
+    for _ in range(100):
+        again = call(backend, tensors, interaction=interaction)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_of_the_cuda_kernels(masked):
+    tensors = inputs(grad=True)
+    skip_unless_it_runs("cuda", tensors)
+    masks = tuple(masks_for(2, 9, 14).values()) if masked else (None, None)
+    opcheck(torch.ops.avfkernels.pair_attention_cuda.default, (*tensors, 0.25, "sum", *masks, True, True))

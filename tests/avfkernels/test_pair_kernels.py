@@ -1,0 +1,200 @@
+"""The fused backends of pair attention against float64: sums and products, dropout, masks, every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_accurate, in_double, pair_inputs, plain_pair, plain_product
+
+import avfkernels
+from avfkernels import pair_attention
+from avfkernels._native import why_unavailable
+
+SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+sizes = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65, 130])
+widths = st.sampled_from([1, 3, 8, 16, 20, 64])
+needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+FUSED = [pytest.param("cpu", marks=needs_native)]
+INTERACTIONS = ["sum", "product"]
+NAMES = ("q", "k1", "v1", "k2", "v2")
+
+
+def random_mask(batch, n, seed):
+    mask = torch.rand(batch, n, generator=torch.Generator().manual_seed(seed)) > 0.4
+    mask[:, 0] = True
+    return mask
+
+
+def loss(tensors, upstream, **options):
+    """A scalar that depends on out and lse, each weighted at random."""
+    out, lse = pair_attention(*tensors, return_lse=True, **options)
+    return (out.double() * upstream).sum() + (torch.where(lse.isfinite(), lse, 0.0).double() * upstream[..., 0]).sum()
+
+
+def compare(backend, dtype, shape, **options):
+    """Output, lse and every gradient against the reference in float64; the largest relative errors, of each."""
+    tensors = pair_inputs(*shape, dtype=dtype, grad=True)
+    upstream = torch.randn(*shape[:3], shape[6], dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    results = []
+    for name, inputs in (("reference", [t.detach().double().requires_grad_() for t in tensors]), (backend, tensors)):
+        with avfkernels.backend(name):
+            out, lse = pair_attention(*inputs, return_lse=True, **options)
+            results.append((out, lse, *torch.autograd.grad(loss(inputs, upstream, **options), inputs)))
+    errors = {}
+    for name, exact, got in zip(("out", "lse", *NAMES), *results, strict=True):
+        assert got.shape == exact.shape
+        assert bool((exact.isfinite() == got.isfinite()).all()), name
+        exact, got = (torch.where(t.isfinite(), t, 0.0).double() for t in (exact, got))
+        errors[name] = ((got - exact).abs().max() / exact.abs().max().clamp(min=1e-3)).item()
+    return errors
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@SETTINGS
+@given(
+    B=st.integers(1, 3), H=st.integers(1, 3), F=sizes, N1=sizes, N2=sizes, dk=widths, dv=widths,
+    masks=st.booleans(), dropout_p=st.sampled_from([0.0, 0.0, 0.3]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_any_shape_equals_the_pairs_forward_and_backward(
+    backend, interaction, B, H, F, N1, N2, dk, dv, masks, dropout_p, seed
+):
+    if F * N1 * N2 > 300_000:  # the reference holds them all
+        N1 = 7
+    options = {"scale": dk**-0.5, "interaction": interaction, "dropout_p": dropout_p, "seed": seed}
+    if masks:
+        options |= {"mask1": random_mask(B, N1, seed), "mask2": random_mask(B, N2, seed + 1)}
+    errors = compare(backend, torch.float32, (B, H, F, N1, N2, dk, dv), **options)
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("logit", [1e-3, 30.0, 1e4])
+def test_extreme_logits_equal_the_pairs(backend, interaction, logit):
+    tensors = pair_inputs(2, 2, 17, 33, 65, 16, 20, torch.float32, logit)
+    options = {"scale": 0.25, "interaction": interaction, "return_lse": True}
+    (exact, exact_lse), _ = in_double(lambda *t: pair_attention(*t, **options), *tensors)
+    with avfkernels.backend(backend):
+        out, lse = pair_attention(*tensors, **options)
+    # A logit of size L is known to about eps * L * sqrt(dk) in float32, and the output moves by as much.
+    atol = 1.2e-7 * (8 + 4 * logit * 4)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol * max(1.0, exact.abs().max().item()))
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("eager", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
+    + [pytest.param("cpu", dtype, marks=needs_native) for dtype in (torch.float32, torch.bfloat16)],
+)
+@pytest.mark.parametrize("dv", [16, 64])
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_error_is_that_of_the_plain_formula_in_every_dtype(backend, dtype, dv, interaction):
+    if interaction == "product" and backend == "eager":
+        pytest.skip("R1 separates sums, not products: eager has none")
+    plain_formula = plain_pair if interaction == "sum" else plain_product
+    tensors = pair_inputs(2, 4, 16, 48, 98, 16, dv, dtype, logit=3.0, grad=True)
+    options = {"scale": 0.25, "interaction": interaction}
+    exact, doubles = in_double(lambda *t: pair_attention(*t, **options), *tensors)
+    plain = plain_formula(*tensors, 0.25)
+    with avfkernels.backend(backend):
+        out = pair_attention(*tensors, **options)
+    assert_accurate(out, exact, plain, "out")
+    upstream = torch.randn(exact.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact_grads = torch.autograd.grad(exact, doubles, upstream)
+    plain_grads = torch.autograd.grad(plain, tensors, upstream.to(dtype))
+    grads = torch.autograd.grad(out, tensors, upstream.to(dtype))
+    for name, *triple in zip(NAMES, grads, exact_grads, plain_grads, strict=True):
+        assert_accurate(*triple, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_bfloat16_equals_the_pairs_forward_and_backward(backend, interaction, dropout_p):
+    masks = {"mask1": random_mask(2, 33, 0), "mask2": random_mask(2, 70, 1)}
+    for shape in ((2, 3, 16, 33, 70, 16, 16), (2, 1, 21, 33, 70, 9, 23)):
+        errors = compare(
+            backend, torch.bfloat16, shape, scale=0.25, interaction=interaction, dropout_p=dropout_p, seed=5, **masks
+        )
+        assert max(errors.values()) < 2 * torch.finfo(torch.bfloat16).eps, errors
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_entries_without_a_pair_are_zero_with_zero_gradients(backend, interaction, dropout_p, dtype):
+    tensors = pair_inputs(B=3, dtype=dtype, grad=True)
+    mask1, mask2 = torch.ones(3, 9, dtype=torch.bool), torch.ones(3, 14, dtype=torch.bool)
+    mask1[0], mask2[2] = False, False
+    options = {"scale": 0.25, "interaction": interaction, "mask1": mask1, "mask2": mask2, "dropout_p": dropout_p}
+    with avfkernels.backend(backend):
+        out, lse = pair_attention(*tensors, return_lse=True, **options)
+        finite = out.float().square().sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
+        grads = torch.autograd.grad(finite, tensors)
+    assert bool((lse[[0, 2]] == float("-inf")).all())
+    assert bool(lse[1].isfinite().all())
+    for tensor in (out, *grads):
+        assert torch.equal(tensor[[0, 2]], torch.zeros_like(tensor[[0, 2]]))
+        assert bool((tensor[1] != 0).any())
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_slices_of_a_packed_projection_and_an_expanded_gradient(backend, interaction):
+    packed = [torch.randn(2, n, 3, 4, 16, requires_grad=True) for n in (6, 11, 17)]
+    views = [
+        packed[i][:, :, part].transpose(1, 2) for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))
+    ]  # [B, H, N, d] with the strides of [B, N, 3, H, d]
+    copies = [view.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for view in views]
+    options = {"scale": 0.25, "interaction": interaction}
+    with avfkernels.backend(backend):
+        out, copied = pair_attention(*views, **options), pair_attention(*copies, **options)
+        assert torch.equal(out, copied)
+        # sum() hands back a gradient all of whose strides are 0
+        grads, expected = torch.autograd.grad(out.sum(), views), torch.autograd.grad(copied.sum(), copies)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_gradients_of_lse_alone(backend):
+    tensors = pair_inputs(dtype=torch.float32, grad=True)
+    exact, doubles = in_double(lambda *t: pair_attention(*t, scale=0.25, return_lse=True)[1].sin().sum(), *tensors)
+    with avfkernels.backend(backend):
+        lse = pair_attention(*tensors, scale=0.25, return_lse=True)[1]
+        grads = torch.autograd.grad(lse.sin().sum(), tensors, allow_unused=True)
+    for grad, expected in zip(grads, torch.autograd.grad(exact, doubles, allow_unused=True), strict=True):
+        expected = torch.zeros_like(grad) if expected is None else expected
+        torch.testing.assert_close(grad.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+def test_native_output_is_a_view_away_from_merged_heads():
+    with avfkernels.backend("cpu"):
+        out = pair_attention(*pair_inputs(dtype=torch.float32), scale=0.25)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+
+@needs_native
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("index", range(5))
+def test_non_finite_input_does_not_vanish_in_the_native_kernel(bad, index):
+    """PyTorch's own fused attention on a CPU, and with it `eager`, gives 0 for a query that is NaN."""
+    tensors = pair_inputs(1, 1, 4, 5, 6, 8, 8, torch.float32)
+    tensors[index][0, 0, 1] = bad
+    with avfkernels.backend("cpu"):
+        assert not pair_attention(*tensors, scale=0.25).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_repeated_backward_is_bitwise_the_same(backend, interaction, dropout_p):
+    tensors = pair_inputs(2, 3, 40, 70, 90, dtype=torch.float32, grad=True)
+    options = {"scale": 0.25, "interaction": interaction, "dropout_p": dropout_p, "seed": 3}
+    with avfkernels.backend(backend):
+        runs = [torch.autograd.grad(pair_attention(*tensors, **options).sin().sum(), tensors) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))

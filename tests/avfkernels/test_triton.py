@@ -1,0 +1,284 @@
+"""The Triton kernels: against float64 in every dtype, on a GPU or interpreted on the CPU.
+
+The interpreter must be chosen before triton is imported, so an ordinary run starts this file in a process of its own
+(test_every_kernel_interpreted). There the kernels are registered for CPU tensors too. It computes bf16 wrongly,
+silently, and is left to fp32 and fp16; on a GPU (`-m gpu`) the same tests cover bf16.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import pair_inputs, plain_pair, plain_product
+
+import avfkernels
+from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels._ops import BACKENDS
+from avfkernels.latent_attention import triton as latent_triton
+from avfkernels.pair_attention import triton as pair_triton
+from avfkernels.pair_attention.dropout import pair_dropout
+from avfkernels.prefix_attention import triton as prefix_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+MODULES = {pair_attention: pair_triton, latent_attention: latent_triton, prefix_attention: prefix_triton}
+
+
+def runs_kernels(test):
+    """For tests that launch kernels: run interpreted, or on a GPU."""
+    reason = "" if INTERPRETED or torch.cuda.is_available() else "interpreted in a process of its own"
+    test = pytest.mark.skipif(bool(reason), reason=reason)(test)
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+if INTERPRETED:
+    _library = torch.library.Library("avfkernels", "IMPL")
+    for _module in MODULES.values():
+        _library.impl(_module.SCHEMA.split("(")[0], _module.kernel, "CPU")
+        _library.impl(_module.BACKWARD_SCHEMA.split("(")[0], _module.backward_kernel, "CPU")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_every_kernel_interpreted():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout.splitlines()[-1], run.stdout
+
+
+def inputs_of(op, shape, dtype):
+    if op is pair_attention:
+        return [t.to(DEVICE) for t in pair_inputs(*shape, dtype=dtype, logit=2.0)]
+    generator = torch.Generator().manual_seed(0)
+    if op is latent_attention:
+        B, M, N, D = shape
+        shapes = [(B, M, D), (B, N, D)]
+    else:
+        B, H, N, K, P, d, dv = shape
+        shapes = [(B, H, N, d), (B, H, K, d), (B, H, K, dv), (B, H, P, d), (B, H, P, dv)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for s in shapes]
+
+
+def triton_call(op, tensors, options):
+    """(out, lse) by the Triton backend, with its autograd formula, whatever the device."""
+    defaults = {"interaction": "sum", "mask1": None, "mask2": None, "dropout_p": 0.0, "seed": None}
+    defaults = defaults if op is pair_attention else {"mask": None} if op is latent_attention else {}
+    return MODULES[op].forward(*tensors, **defaults | options, return_lse=True)
+
+
+def gradients(call, tensors, upstream):
+    """out, lse and the gradients of a sum of both, weighted by `upstream`."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    out, lse = call(*tensors)
+    finite = torch.where(lse.isfinite(), lse, 0.0)
+    loss = (out.double() * upstream).sum() + (finite.double() * upstream[..., 0]).sum()
+    return out, lse, *torch.autograd.grad(loss, tensors)
+
+
+def compare(op, shape, dtype, tensors=None, **options):
+    """The largest errors of out, lse and every gradient against the reference in float64, relative to the largest."""
+    tensors = inputs_of(op, shape, dtype) if tensors is None else tensors
+    dv = tensors[2].shape[-1] if len(tensors) > 2 else shape[-1]
+    generator = torch.Generator().manual_seed(7)
+    upstream = torch.randn(*tensors[0].shape[:-1], dv, dtype=torch.float64, generator=generator).to(DEVICE)
+    upstream = upstream.to(dtype).double()
+    got = gradients(lambda *t: triton_call(op, t, options), tensors, upstream)
+    with avfkernels.backend("reference"):
+        exact = gradients(
+            lambda *t: op(*t, **options, return_lse=True), [t.double() for t in tensors], upstream
+        )  # fmt: skip
+    errors = []
+    for a, b in zip(got, exact, strict=True):
+        assert a.shape == b.shape
+        assert bool((a.isfinite() == b.isfinite()).all())
+        a, b = (torch.where(t.isfinite(), t, 0.0).double() for t in (a, b))
+        largest = b.abs().max().clamp(min=1e-2) if b.numel() else 1.0
+        errors.append(((a - b).abs().max() / largest).item() if b.numel() else 0.0)
+    return errors
+
+
+def bound(dtype):
+    return 2e-5 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
+
+
+def masks(B, N1, N2):
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.rand(B, n, generator=generator) > 0.4 for n in (N1, N2)]
+    made[0][0] = False  # no pair at all
+    return {"mask1": made[0].to(DEVICE), "mask2": made[1].to(DEVICE)}
+
+
+# B, H, F, N1, N2, dk, dv
+PAIRS = [(2, 1, 16, 5, 70, 16, 16), (1, 2, 5, 9, 17, 16, 64), (2, 1, 19, 3, 33, 20, 33), (1, 1, 1, 1, 1, 1, 1)]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("interaction", "dropout_p"), [("sum", 0.0), ("product", 0.0), ("sum", 0.3), ("product", 0.3)])
+@pytest.mark.parametrize("shape", PAIRS)
+def test_pairs(shape, interaction, dropout_p, dtype):
+    options = {"scale": 0.25, "interaction": interaction, "dropout_p": dropout_p}
+    options["seed"] = torch.tensor(2**40 + 5, device=DEVICE) if dropout_p else None
+    if shape[0] > 1:
+        options |= masks(shape[0], shape[3], shape[4])
+    errors = compare(pair_attention, shape, dtype, **options)
+    assert max(errors) < bound(dtype), errors
+
+
+@runs_kernels
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+@pytest.mark.parametrize("shape", [(1, 2, 3, 0, 5, 16, 16), (1, 2, 3, 5, 0, 16, 16), (0, 2, 3, 5, 4, 16, 16)])
+def test_empty_sides(shape, interaction):
+    errors = compare(pair_attention, shape, torch.float32, scale=0.25, interaction=interaction)
+    assert max(errors) == 0.0
+
+
+@runs_kernels
+def test_many_queries_and_long_sets_that_are_split():
+    blocks = (1, 1, 70, 40, 70, 16, 16)  # two blocks of queries: their gradients and the tokens' are two kernels
+    assert max(compare(pair_attention, blocks, torch.float32, scale=0.25)) < bound(torch.float32)
+    split = (1, 1, 3, 300, 600, 16, 16)
+    assert max(compare(pair_attention, split, torch.float32, scale=0.25)) < bound(torch.float32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+# B, M, N, D
+@pytest.mark.parametrize("shape", [(2, 19, 37, 40), (1, 3, 33, 192), (1, 2, 5, 768), (1, 3, 2, 7), (1, 3, 0, 16)])
+def test_latent(shape, dtype):
+    errors = compare(latent_attention, shape, dtype, scale=shape[-1] ** -0.5)
+    assert max(errors) < bound(dtype), errors
+    if shape[2]:
+        mask = masks(shape[0], shape[2], 1)["mask1"] | (torch.arange(shape[0], device=DEVICE) > 0)[:, None]
+        errors = compare(latent_attention, shape, dtype, scale=shape[-1] ** -0.5, mask=mask)
+        assert max(errors) < bound(dtype), errors
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+# B, H, N, K, P, d, dv
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 2, 19, 21, 5, 16, 16), (1, 1, 70, 70, 16, 20, 33), (1, 1, 3, 300, 20, 16, 16), (1, 1, 3, 0, 5, 16, 16),
+     (1, 1, 3, 4, 0, 16, 16), (1, 1, 3, 0, 0, 16, 16)],
+)  # fmt: skip
+def test_prefix(shape, dtype):
+    errors = compare(prefix_attention, shape, dtype, scale=0.25)
+    assert max(errors) < bound(dtype), errors
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_error_is_that_of_the_plain_formula(interaction, dtype):
+    """Root mean square errors over several draws: the interpreter wants tiny shapes, where one maximum is noise."""
+    plain_formula = plain_pair if interaction == "sum" else plain_product
+    options = {"scale": 0.25, "interaction": interaction}
+    squares = torch.zeros(2, 6, dtype=torch.float64)  # of kernel and formula; out and five gradients
+    for seed in range(5):
+        tensors = [t.to(DEVICE) for t in pair_inputs(2, 2, 16, 24, 49, 16, 16, dtype, logit=2.0, seed=seed)]
+        upstream = torch.randn(2, 2, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        upstream = upstream.to(DEVICE, dtype)
+        results = []
+        for call, inputs in (
+            (lambda *t: plain_formula(*t, 0.25), [t.double() for t in tensors]),
+            (lambda *t: triton_call(pair_attention, t, options)[0], tensors),
+            (lambda *t: plain_formula(*t, 0.25), tensors),
+        ):
+            inputs = [t.detach().requires_grad_() for t in inputs]
+            out = call(*inputs)
+            results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))))
+        exact, *inexact = results
+        errors = [[(x.double() - e).square().mean() for x, e in zip(row, exact, strict=True)] for row in inexact]
+        squares = squares + torch.tensor(errors, dtype=torch.float64)
+    got, plain = squares.sqrt()
+    assert bool((got <= 1.5 * plain).all()), (got / plain).tolist()
+
+
+@runs_kernels
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_slices_of_a_packed_projection_and_an_expanded_gradient(interaction):
+    packed = [torch.randn(2, n, 3, 2, 16, device=DEVICE) for n in (6, 11, 17)]
+    views = [packed[i][:, :, part].transpose(1, 2) for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))]
+    results = []
+    for tensors in (views, [view.contiguous() for view in views]):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = triton_call(pair_attention, tensors, {"scale": 0.25, "interaction": interaction})[0]
+        results.append((out, *torch.autograd.grad(out.sum(), tensors)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@runs_kernels
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_the_dropout_mask_is_that_of_the_reference(interaction):
+    """With equal logits and values that are one for one pair, the output shows which pairs were kept."""
+    B, H, F, N1, N2, seed = 1, 2, 3, 5, 11, torch.tensor(-3, device=DEVICE)
+    q, k1, k2 = (torch.zeros(B, H, n, 16, device=DEVICE) for n in (F, N1, N2))
+    v1, v2 = torch.eye(N1, 16, device=DEVICE).expand(B, H, N1, 16), torch.zeros(B, H, N2, 16, device=DEVICE)
+    if interaction == "product":
+        v1, v2 = torch.ones_like(v1), torch.eye(N2, 16, device=DEVICE).expand(B, H, N2, 16)
+    options = {"scale": 1.0, "interaction": interaction, "dropout_p": 0.4, "seed": seed}
+    out = triton_call(pair_attention, (q, k1, v1, k2, v2), options)[0] * (N1 * N2)
+    mask = pair_dropout(seed, 0.4, B, H, F, N1, N2)
+    expected = mask.sum(4) if interaction == "sum" else mask.sum(3)
+    torch.testing.assert_close(out[..., : expected.shape[3]], expected)
+
+
+@runs_kernels
+def test_gradients_of_lse_alone_and_none_of_it():
+    tensors = [t.requires_grad_() for t in inputs_of(pair_attention, (1, 2, 3, 5, 9, 16, 16), torch.float32)]
+    for interaction in ("sum", "product"):
+        options = {"scale": 0.25, "interaction": interaction}
+        grads = torch.autograd.grad(triton_call(pair_attention, tensors, options)[1].sin().sum(), tensors)
+        doubles = [t.detach().double().requires_grad_() for t in tensors]
+        with avfkernels.backend("reference"):
+            lse = pair_attention(*doubles, **options, return_lse=True)[1]
+        exact = torch.autograd.grad(lse.sin().sum(), doubles, allow_unused=True)
+        for got, expected in zip(grads, exact, strict=True):
+            expected = torch.zeros_like(got) if expected is None else expected
+            torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-6)
+
+
+@runs_kernels
+def test_opcheck():
+    schema_only = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, shape in (
+        (pair_attention, (1, 1, 3, 4, 5, 16, 16)),
+        (latent_attention, (1, 3, 5, 16)),
+        (prefix_attention, (1, 1, 3, 4, 2, 16, 16)),
+    ):
+        tensors = [t.requires_grad_() for t in inputs_of(op, shape, torch.float32)]
+        rest = {pair_attention: (0.5, "sum", None, None, 0.0, None), latent_attention: (0.5, None)}.get(op, (0.5,))
+        name = MODULES[op].SCHEMA.split("(")[0]
+        registered = getattr(torch.ops.avfkernels, name).default
+        torch.library.opcheck(registered, (*tensors, *rest, True, True), test_utils=schema_only)
+
+
+@pytest.mark.parametrize("op", MODULES, ids=lambda op: op.__name__)
+def test_a_backend_says_why_it_cannot_run_and_is_not_chosen_unmeasured(op):
+    tensors = [torch.empty(1, 2, 16)] * 2 if op is latent_attention else [torch.empty(1, 1, 2, 16)] * 5
+    with avfkernels.backend("triton"), pytest.raises(RuntimeError, match="tensors are on cpu, not on a CUDA device"):
+        op(*tensors, scale=1.0)
+    assert not BACKENDS[op.__name__]["triton"].is_faster()
+
+
+def test_the_package_imports_without_triton():
+    """Neither importing avfkernels nor asking what runs imports triton, and without it there is a reason."""
+    code = (
+        "import sys, importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch\n"
+        "loaded = 'triton' in sys.modules\n"
+        "from avfkernels import _triton\n"
+        "assert loaded or 'triton' not in sys.modules\n"
+        "class Cuda: device = torch.device('cuda'); dtype = torch.float32; shape = (1, 16); stride = lambda *a: 1\n"
+        "assert _triton.why_not(128, q=Cuda()) == 'triton is not installed'\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
