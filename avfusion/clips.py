@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
+import numpy as np
 import torch
 import torchaudio.functional as AF
 from av.stream import Disposition
@@ -23,6 +24,7 @@ from torchvision.transforms import v2
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 TRUNCATED = "nothing decodes after {:.2f} s of {:.2f} s: the file is truncated or damaged, fetch or export it again"
+TOO_SHORT = "too short: {:.2f} s of picture and sound, needed are {} s"
 
 
 class ClipError(ValueError):
@@ -51,10 +53,11 @@ class Clip:
 def read_clip(
     path: str | os.PathLike,
     *,
-    start: float | None = None,
+    start: float | str | None = None,
     duration: float = 3.0,
     sample_rate: int = 16000,
     frame: str = "middle",
+    min_duration: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Clip:
     """Decode one frame and `duration` seconds of mono sound from a video file.
@@ -62,12 +65,14 @@ def read_clip(
     Any container and codec that PyAV opens will do. Only the window is decoded, after a seek to shortly before it.
 
     Args:
-        start: where the window begins, in seconds; None centres it on the part of the clip that has picture and sound.
+        start: where the window begins, in seconds; None centres it on the part of the clip that has picture and sound,
+            "random" puts it uniformly at random inside that part.
         duration: length of the window in seconds.
         sample_rate: of the returned waveform, in Hz.
         frame: "middle" takes the frame nearest to the middle of the window's part that has picture and sound;
             "random" the one nearest to a uniformly random time there.
-        generator: makes the random time reproducible; None uses torch's global generator.
+        min_duration: how many seconds of picture and sound together the clip must have.
+        generator: makes random times reproducible; None uses torch's global generator.
 
     The waveform has exactly `round(duration * sample_rate)` samples in [-1, 1], the mean of all channels. It follows
     the file's timestamps: to the sample in MP4 and MOV, to the millisecond that Matroska and WebM store. Moments
@@ -76,7 +81,7 @@ def read_clip(
 
     Raises:
         ClipError: the file is missing, empty or no video; has no video or no audio stream; is truncated or damaged
-            inside the window; `start` lies outside the clip; the sound is not finite.
+            inside the window; is shorter than `min_duration`; `start` lies outside the clip; the sound is not finite.
         ValueError: another argument is out of range.
     """
     samples = round(duration * sample_rate)
@@ -85,19 +90,16 @@ def read_clip(
     if frame not in ("middle", "random"):
         raise ValueError(f'frame={frame!r}: expected "middle" or "random"')
     path = os.fspath(path)
-    if not os.path.isfile(path):
-        what = "a directory" if os.path.isdir(path) else "no such file"
-        raise ClipError(path, "file", f"{what}: give the path of a video file")
-    if os.path.getsize(path) == 0:
-        raise ClipError(path, "file", "zero bytes: fetch or export it again")
-
-    with _av_errors(path, "file", "not a video that can be opened"):
-        # The prefix keeps a name such as "http:clip.mp4" from meaning a protocol. Tags come in all encodings.
-        container = av.open(f"file:{path}", metadata_errors="replace")
-    with container:
+    with _open(path) as container:
         reader = _Reader(path, container)
         (v_begin, v_end), (a_begin, a_end) = reader.extent[reader.video], reader.extent[reader.audio]
-        if start is None:
+        common = min(v_end, a_end) - max(v_begin, a_begin)
+        if common < min_duration:
+            raise ClipError(path, "file", TOO_SHORT.format(common, min_duration))
+        if start == "random":
+            u = torch.rand((), generator=generator).item()
+            start = max(v_begin, a_begin, 0) + u * max(common - duration, 0)
+        elif start is None:
             middle = (max(v_begin, a_begin) + min(v_end, a_end)) / 2
             start = max(min(middle - duration / 2, a_end - duration), a_begin)
         elif not 0 <= start < a_end:
@@ -110,6 +112,43 @@ def read_clip(
         image, frame_time = reader.nearest_frame(min(begin + u * (end - begin), v_end))
         waveform = reader.waveform(first, samples, sample_rate)
     return Clip(image, waveform, start, frame_time, path)
+
+
+def read_whole(
+    path: str | os.PathLike, *, frame_rate: float, sample_rate: int = 16000, max_duration: float = 600.0
+) -> tuple[list[tuple[float, Image.Image]], Tensor]:
+    """Decode the part of a video file that has picture and sound: its frames at a rate, and its sound.
+
+    Returns pairs of a time and an upright RGB frame, the frame nearest to the middle of each of `frame_rate` slots a
+    second, and the mono waveform [1, samples]. Times are in seconds from the waveform's beginning.
+
+    Raises `ClipError` as `read_clip` does, and where that part is longer than `max_duration` seconds.
+    """
+    path = os.fspath(path)
+    with _open(path) as container:
+        reader = _Reader(path, container)
+        (v_begin, v_end), (a_begin, a_end) = reader.extent[reader.video], reader.extent[reader.audio]
+        first, stop = round(max(v_begin, a_begin, 0) * sample_rate), round(min(v_end, a_end) * sample_rate)
+        begin, duration = first / sample_rate, (stop - first) / sample_rate
+        if duration <= 0:
+            raise ClipError(path, "file", TOO_SHORT.format(0, "some"))
+        if duration > max_duration:
+            raise ClipError(path, "file", f"{duration:.0f} s long, more than {max_duration:.0f} s: cut it into clips")
+        slots = max(1, int(duration * frame_rate))
+        middles = [begin + min((slot + 0.5) / frame_rate, duration) for slot in range(slots)]
+        frames = [(time - begin, image) for image, time in reader.frames(middles)]
+        return frames, reader.waveform(first, stop - first, sample_rate)
+
+
+def _open(path: str) -> av.container.InputContainer:
+    if not os.path.isfile(path):
+        what = "a directory" if os.path.isdir(path) else "no such file"
+        raise ClipError(path, "file", f"{what}: give the path of a video file")
+    if os.path.getsize(path) == 0:
+        raise ClipError(path, "file", "zero bytes: fetch or export it again")
+    with _av_errors(path, "file", "not a video that can be opened"):
+        # The prefix keeps a name such as "http:clip.mp4" from meaning a protocol. Tags come in all encodings.
+        return av.open(f"file:{path}", metadata_errors="replace")
 
 
 @contextmanager
@@ -142,6 +181,7 @@ class _Reader:
             raise ClipError(self.path, kind, f"no {kind} stream in the file: the model needs picture and sound")
         if stream.codec_context is None:
             raise ClipError(self.path, kind, "no decoder for its codec: convert it to H.264 and AAC, for instance")
+        stream.codec_context.thread_count = torch.get_num_threads()  # one in the workers of a DataLoader
         return stream
 
     def _extents(self) -> dict[av.stream.Stream, tuple[float, float]]:
@@ -161,47 +201,75 @@ class _Reader:
                 spans = {stream: (begin, promised) for stream, (begin, _) in spans.items()}
         return {s: (float(begin - self.origin), float(end - self.origin)) for s, (begin, end) in spans.items()}
 
-    def _decode(self, stream: av.stream.Stream, time: float) -> Iterator[tuple[float, av.frame.Frame]]:
-        """Frames of a stream with their times, from a keyframe at or before `time` (where the container can tell)."""
+    def _decode(
+        self, stream: av.stream.Stream, time: float, skip_until: float = -math.inf
+    ) -> Iterator[tuple[float, av.frame.Frame]]:
+        """Frames of a stream with their times, from a keyframe at or before `time` (where the container can tell).
+
+        Before `skip_until`, frames that no other frame is predicted from are left out.
+        """
         with _av_errors(self.path, stream.type, "cannot be decoded"):
             # Not before zero, which AVI and FLV refuse; MPEG-TS needs a time before the first frame's, and zero is.
             time = max(time + self.origin, min(self.extent[stream][0] + self.origin, 0))
             self.container.seek(int(time / stream.time_base), stream=stream)
-            for frame in self.container.decode(stream):
-                if frame.pts is None:
-                    raise ClipError(self.path, stream.type, "its frames have no timestamps: convert it to MP4")
-                yield float(frame.pts * frame.time_base) - self.origin, frame
+            skip_until = (skip_until + self.origin) / stream.time_base  # as packets count
+            for packet in self.container.demux(stream):
+                if stream is self.video:
+                    skip = packet.pts is not None and packet.pts < skip_until
+                    stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
+                for frame in packet.decode():
+                    if frame.pts is None:
+                        raise ClipError(self.path, stream.type, "its frames have no timestamps: convert it to MP4")
+                    yield frame.time - self.origin, frame
 
     def nearest_frame(self, target: float) -> tuple[Image.Image, float]:
         """The frame nearest to `target` seconds, upright, and its time."""
         # Some containers seek by decoding order or only roughly: start well ahead, and where that still comes out too
-        # late, decode from the very beginning.
-        for seek in (target - 1, -math.inf):
+        # late, decode from the very beginning. On the way to the target, frames are skipped where the codec can tell
+        # that nothing depends on them; if all the frames before the target were, the second attempt skips none.
+        exact = self.video.codec_context.name in ("h264", "hevc")
+        attempts = [(target - 1, target - 0.5)] * exact + [(target - 1, -math.inf), (-math.inf, -math.inf)]
+        for seek, skip_until in attempts:
             near = []  # the last frame up to the target and the first one after it
-            for time, frame in self._decode(self.video, seek):
+            for time, frame in self._decode(self.video, seek, skip_until):
                 near = [*near[-1:], (time, frame)]
                 if time > target:
                     break
-            if near and near[0][0] <= target:
+            if near and skip_until <= near[0][0] <= target:
                 break
+        self._check_end(near, target)
+        time, frame = min(near, key=lambda found: abs(found[0] - target))
+        return _upright(frame), time
+
+    def frames(self, targets: list[float]) -> list[tuple[Image.Image, float]]:
+        """The frames nearest to ascending times in seconds, upright, and their times, in one pass over the file."""
+        found, near = [], []
+        decoded = self._decode(self.video, -math.inf)
+        for target in targets:
+            while not near or near[-1][0] <= target:
+                latest = next(decoded, None)
+                if latest is None:
+                    break
+                near = [*near[-1:], latest]
+            self._check_end(near, target)
+            time, frame = min(near, key=lambda frame: abs(frame[0] - target))
+            found.append((_upright(frame), time))
+        return found
+
+    def _check_end(self, near: list[tuple[float, av.VideoFrame]], target: float) -> None:
         begin, end = self.extent[self.video]
-        shown_until = time + float((frame.duration or 0) * frame.time_base) if near else begin
+        shown_until = begin
+        if near:
+            time, frame = near[-1]
+            shown_until = time + float((frame.duration or 0) * frame.time_base)
         if not near or shown_until < target - 0.5:
             raise ClipError(self.path, "video", TRUNCATED.format(shown_until, end))
-        time, frame = min(near, key=lambda found: abs(found[0] - target))
-        image = frame.to_image()
-        # Both count degrees counter-clockwise.
-        return image.rotate(frame.rotation, expand=True) if frame.rotation else image, time
 
     def waveform(self, first: int, samples: int, sample_rate: int) -> Tensor:
         """The sound at `sample_rate`, from sample `first` on counted from the file's beginning: [1, samples]."""
         rate = self.audio.rate
-        # The buffer begins at a time where both rates have a sample, so that resampling shifts nothing; 50 ms on
-        # either side are more than the filter's width.
-        step = rate // math.gcd(rate, sample_rate)
-        begin = math.floor((first / sample_rate - 0.05) * rate / step) * step
-        stop = math.ceil(((first + samples) / sample_rate + 0.05) * rate)
-        buffer, filled, expected = torch.zeros(1, stop - begin), begin, None
+        begin, stop, skip = span_to_resample(first, samples, rate, sample_rate)
+        buffer, filled, expected = np.zeros(stop - begin, np.float32), begin, None
         for time, frame in self._decode(self.audio, begin / rate - 0.5):  # half a second for codecs to settle in
             if frame.sample_rate != rate:
                 raise ClipError(self.path, "audio", f"the sample rate changes from {rate} to {frame.sample_rate} Hz")
@@ -211,7 +279,7 @@ class _Reader:
             expected = at + frame.samples
             lo, hi = max(at, begin), min(expected, stop)
             if lo < hi:
-                buffer[0, lo - begin : hi - begin] = _mono(frame)[lo - at : hi - at]
+                buffer[lo - begin : hi - begin] = _mono(frame)[lo - at : hi - at]
                 filled = hi
             if expected >= stop:
                 break
@@ -219,26 +287,44 @@ class _Reader:
             end = self.extent[self.audio][1]
             if filled / rate < min(end, (first + samples) / sample_rate) - 0.25:
                 raise ClipError(self.path, "audio", TRUNCATED.format(filled / rate, end))
-        if not buffer.isfinite().all():
+        if not np.isfinite(buffer).all():
             raise ClipError(self.path, "audio", "the samples are not finite: export the clip again")
-        skip = first - begin * sample_rate // rate
         there = min(filled * sample_rate // rate - first, samples)
         if there < 1:
             raise ClipError(self.path, "audio", f"no sound in the window that starts at {first / sample_rate:.2f} s")
-        sound = AF.resample(buffer, rate, sample_rate)[:, skip : skip + there]
-        return _reflect(sound.clamp(-1, 1), samples)
+        sound = AF.resample(torch.from_numpy(buffer)[None], rate, sample_rate)[:, skip : skip + there]
+        return reflect(sound.clamp(-1, 1), samples)
 
 
-def _mono(frame: av.AudioFrame) -> Tensor:
+def span_to_resample(first: int, samples: int, rate: int, sample_rate: int) -> tuple[int, int, int]:
+    """What to read at `rate` for `samples` from `first` on at `sample_rate`: begin, end, samples to skip at the front.
+
+    The beginning may be negative. It is a time where both rates have a sample, so that resampling shifts nothing; 50 ms
+    on either side are more than the filter's width.
+    """
+    step = rate // math.gcd(rate, sample_rate)
+    begin = math.floor((first / sample_rate - 0.05) * rate / step) * step
+    stop = math.ceil(((first + samples) / sample_rate + 0.05) * rate)
+    return begin, stop, first - begin * sample_rate // rate
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    image = frame.to_image()
+    # Both count degrees counter-clockwise.
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+def _mono(frame: av.AudioFrame) -> np.ndarray:
     """Mean of the channels of a decoded frame, whatever its sample format: [samples] float32, full scale 1."""
-    x = torch.from_numpy(frame.to_ndarray())
+    x = frame.to_ndarray()
     x = x if frame.format.is_planar else x.reshape(frame.samples, -1).T
-    if x.dtype == torch.uint8:
-        return (x.float().mean(0) - 128) / 128
-    return x.float().mean(0) / (1 if x.is_floating_point() else -torch.iinfo(x.dtype).min)
+    mono = np.add.reduce(x, 0, np.float32) / np.float32(len(x))
+    if x.dtype == np.uint8:
+        return (mono - 128) / 128
+    return mono if x.dtype.kind == "f" else mono / -float(np.iinfo(x.dtype).min)
 
 
-def _reflect(x: Tensor, samples: int) -> Tensor:
+def reflect(x: Tensor, samples: int) -> Tensor:
     """The first `samples` of [x, reversed x, x, reversed x, ...]."""
     period = torch.cat([x, x.flip(-1)], -1)
     return period.repeat(1, math.ceil(samples / period.shape[-1]))[:, :samples]

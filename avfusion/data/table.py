@@ -1,0 +1,171 @@
+"""The one table that every layout is read into, and how annotation files are read: bad rows by file and line."""
+
+import csv
+import hashlib
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from avfusion.clips import Clip
+
+VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm")
+
+
+class LayoutError(ValueError):
+    """A data set that cannot be read as it lies: names the file and, where there is one, the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One clip of a table."""
+
+    id: str
+    path: Path  # of the video; where `audio` is set: of the picture, or of a folder with a picture a second, N.jpg
+    start: float | None = None  # where the clip was cut from its source video, in seconds; the file itself begins at 0
+    label: int | None = None  # index into the table's classes, None where the set has no single one
+    labels: tuple[int, ...] = ()  # all of them, where the set is multi-label
+    split: str | None = None
+    audio: Path | None = None  # the sound, where it is a file of its own
+    extra: dict[str, Any] = field(default_factory=dict)  # what only this layout has
+
+
+@dataclass(frozen=True)
+class Table:
+    """The clips of a data set that are there, and how many are not: public sets lose videos all the time."""
+
+    layout: str
+    root: Path
+    rows: tuple[Row, ...]
+    classes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = field(default=(), repr=False)  # ids that the annotations list and the folder lacks
+    sha256: str = field(init=False)  # of the list of what was found: classes; id, path, labels and split of each row
+
+    def __post_init__(self):
+        digest = hashlib.sha256(json.dumps([self.layout, *self.classes]).encode())
+        for row in self.rows:
+            fact = [row.id, row.path.relative_to(self.root).as_posix(), row.label, row.labels, row.split]
+            digest.update(json.dumps(fact).encode())
+        object.__setattr__(self, "sha256", digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        total = len(self.rows) + len(self.missing)
+        return (
+            f"{self.layout}: {len(self.rows):,} of {total:,} clips found under {self.root} "
+            f"({len(self.missing):,} missing), {len(self.classes)} classes, sha256 {self.sha256}"
+        )
+
+    def where(self, wanted: Callable[[Row], bool]) -> "Table":
+        """The table of the rows that `wanted` is true for."""
+        return replace(self, rows=tuple(filter(wanted, self.rows)), missing=())
+
+    def name(self, index: int) -> str:
+        """The path to show for a row."""
+        return os.fspath(self.rows[index].path)
+
+    def read(self, index: int, **window) -> "Clip":
+        """`avfusion.read_clip` for a row, whatever kind of files it has. Raises `ClipError`."""
+        from avfusion.clips import read_clip
+        from avfusion.data.stills import read_stills
+
+        row = self.rows[index]
+        return read_clip(row.path, **window) if row.audio is None else read_stills(row.path, row.audio, **window)
+
+
+def csv_rows(
+    path: Path, columns: str, *, header: bool = False, comment: str | None = None
+) -> Iterator[tuple[str, list]]:
+    """ "file:line" and the fields of each row of a CSV file, which has exactly these columns."""
+    names = columns.split(",")
+    if not path.is_file():
+        raise LayoutError(f"{path}: no such file; expected the columns {columns}")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, skipinitialspace=True, strict=True)
+        try:
+            for fields in reader:
+                where = f"{path}:{reader.line_num}"
+                if not fields or (comment and fields[0].startswith(comment)):
+                    continue
+                if len(fields) != len(names):
+                    raise LayoutError(f"{where}: {len(fields)} fields, expected the {len(names)} columns {columns}")
+                if header:
+                    if fields != names:
+                        raise LayoutError(f"{where}: the header is {','.join(fields)}, expected {columns}")
+                    header = False
+                    continue
+                yield where, fields
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise LayoutError(f"{path}:{reader.line_num}: {error}") from error
+
+
+def parse_seconds(text: str, where: str) -> int:
+    try:
+        seconds = float(text)
+        if not 0 <= seconds < 1e6:
+            raise ValueError
+    except ValueError:
+        raise LayoutError(f"{where}: {text!r} is no time in seconds") from None
+    return int(seconds)
+
+
+def plain_name(text: str, where: str) -> str:
+    """A name from an annotation file that becomes part of a path: it must not lead anywhere else."""
+    if not text or text in (".", "..") or any(c in text for c in "/\\\0"):
+        raise LayoutError(f"{where}: {text!r} is not the plain name of a file, it would point outside the data set")
+    return text
+
+
+def one_of(text: str, allowed: Iterable[str], what: str, where: str) -> str:
+    if text not in allowed:
+        some = sorted(allowed)
+        listed = ", ".join(some[:8]) + (f", ... ({len(some)} in all)" if len(some) > 8 else "")
+        raise LayoutError(f"{where}: {what} {text!r}, expected one of {listed}")
+    return text
+
+
+def parse_key(text: str, where: str) -> tuple[str, int]:
+    """Id and start of what is written as <id>_<start>."""
+    video, _, start = text.rpartition("_")
+    return plain_name(video, where), parse_seconds(start, where)
+
+
+def check_split(split: str | None, splits: Iterable[str]) -> None:
+    if split is not None and split not in splits:
+        raise ValueError(f"split={split!r}: expected {', '.join(splits) or 'None, this layout has no splits'}")
+
+
+@cache
+def _listing(folder: Path, modified: int) -> tuple[str, ...]:
+    return tuple(sorted(os.listdir(folder)))
+
+
+def find_clips(folder: Path, prefix: str, *exact: str) -> list[str]:
+    """Names in a folder: the first of `exact` that is there, otherwise all that start with `prefix`, as .mp4."""
+    # A listing a folder takes the place of a look-up a clip, of which large sets have millions.
+    try:
+        names = _listing(folder, folder.stat().st_mtime_ns)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for name in exact:
+        at = bisect_left(names, name)
+        if at < len(names) and names[at] == name:
+            return [name]
+    at, found = bisect_left(names, prefix), []
+    while at < len(names) and names[at].startswith(prefix):
+        if names[at].endswith(".mp4"):
+            found.append(names[at])
+        at += 1
+    return found
+
+
+def find_videos(folder: Path) -> list[Path]:
+    """All video files under a folder, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())

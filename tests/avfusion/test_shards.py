@@ -1,0 +1,343 @@
+"""Shards: what is packed, that it reads back as the clips did, and what happens where something is damaged."""
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import webdataset
+from PIL import Image
+
+from avfusion import ClipError, cli, data, read_clip
+from avfusion.clips import image_transform
+from avfusion.data import shards as shards_module
+
+from .media import cut, noise, number, picture, write_clip
+
+RATE = 16000
+SMALL = {"clips_per_shard": 5, "frame_rate": 5}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A table of twelve clips of 2 s, each with its own pictures and loudness; the last has no sound and fails."""
+    root = tmp_path_factory.mktemp("clips")
+    for i in range(12):
+        write_clip(
+            root / f"{i:02d}.mp4", seconds=2, fps=10, rate=RATE, layout="mono", audio=None if i == 11 else "aac",
+            sound=lambda *args, i=i: noise(*args) * (i + 1) / 12, picture=lambda k, i=i: picture(i * 20 + k),
+        )  # fmt: skip
+    return data.read("folder", root)
+
+
+@pytest.fixture(scope="session")
+def packed(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards")
+    errors = data.pack(folder, out, **SMALL, max_failed=0.1)
+    assert [error.path for error in errors] == [folder.name(11)]
+    return out
+
+
+@pytest.fixture
+def copy(packed, tmp_path):
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- what is packed ---------------------------------------------------------------------------------------------------
+
+
+def test_any_webdataset_reader_reads_the_tars(folder, packed):
+    assert names(packed) == sorted([f"0000{i}.{kind}" for i in range(3) for kind in ("json", "tar")]
+                                   + ["failed.jsonl", "index.json"])  # fmt: skip
+    tars = [str(path) for path in sorted(packed.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert len(samples) == 11
+    assert [s["__key__"] for s in samples] != sorted(s["__key__"] for s in samples)  # shuffled
+    for sample in samples:
+        facts = json.loads(sample["json"])
+        assert folder.rows[int(sample["__key__"])].id == facts["id"]
+        assert sample["flac"][:4] == b"fLaC"
+        assert [name for name in sample if name.endswith(".jpg")] == [f"{i:04d}.jpg" for i in range(10)]
+        assert facts["times"] == pytest.approx([0.1 + 0.2 * i for i in range(10)], abs=0.06)
+
+
+def test_packed_clips_read_as_the_files_do(folder, packed):
+    shards = data.Shards(packed)
+    assert shards.verify() == []
+    by_id = {row.id: i for i, row in enumerate(folder.rows)}
+    for index, row in enumerate(shards.rows):
+        original = folder.rows[by_id[row.id]]
+        ours, theirs = shards.read(index, duration=1.0), read_clip(original.path, duration=1.0)
+        assert ours.start == pytest.approx(theirs.start, abs=0.02)
+        expected = read_clip(original.path, start=ours.start, duration=1.0)
+        torch.testing.assert_close(ours.waveform, expected.waveform, rtol=0, atol=1e-4)
+        assert number(ours.frame) == by_id[row.id] * 20 + round(ours.frame_time * 10)
+        assert abs(ours.frame_time - (ours.start + 0.5)) <= 0.11
+        assert shards.read(index, start=1.5, duration=1.0).waveform.shape == (1, RATE)  # reflected
+
+
+def test_random_windows_and_frames_of_packed_clips(packed):
+    shards = data.Shards(packed)
+    index = next(i for i, row in enumerate(shards.rows) if row.id == "03.mp4")
+    whole = shards.read(index, start=0.0, duration=2.0).waveform
+    clips = [shards.read(index, start="random", frame="random", duration=0.5) for _ in range(40)]
+    for clip in clips:
+        at = round(clip.start * RATE)
+        torch.testing.assert_close(clip.waveform, whole[:, at : at + RATE // 2], rtol=0, atol=1e-4)
+        assert clip.start - 0.1 <= clip.frame_time <= clip.start + 0.6
+    assert len({number(clip.frame) for clip in clips}) > 6
+
+
+def test_labels_survive_and_large_frames_shrink(tmp_path):
+    write_clip(tmp_path / "x.mp4", seconds=1, fps=10, rate=RATE)
+    row = data.Row("x", tmp_path / "x.mp4", 7, 1, (), "train", extra={"boxes": ((0, 0, 1, 1),)})
+    many = data.Row("y", tmp_path / "x.mp4", None, None, (0, 2))
+    table = data.Table("test", tmp_path, (row, many), ("a", "b", "c"))
+    data.pack(table, tmp_path / "out", size=24, sound="wav")
+    shards = data.Shards(tmp_path / "out")
+    by_id = {row.id: row for row in shards.rows}
+    assert shards.classes == ("a", "b", "c")
+    assert (by_id["x"].start, by_id["x"].label, by_id["x"].split) == (7, 1, "train")
+    assert by_id["x"].extra == {"boxes": [[0, 0, 1, 1]]}
+    assert (by_id["y"].label, by_id["y"].labels) == (None, (0, 2))
+    assert shards.read(0).frame.size == (32, 24)
+    (sample,) = (
+        s
+        for s in webdataset.WebDataset(str(tmp_path / "out/00000.tar"), shardshuffle=False)
+        if s["__key__"] == "00000000"
+    )
+    assert json.loads(sample["json"])["names"] == ["b"]
+    assert sample["wav"][:4] == b"RIFF"
+
+
+def test_sound_and_pictures_that_are_files_of_their_own(tmp_path):
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "audio").mkdir()
+    Image.fromarray(picture(77)).save(tmp_path / "frames/1.jpg", quality=95)
+    soundfile.write(tmp_path / "audio/1.wav", noise(44100, 4), 44100, subtype="FLOAT")
+    table = data.read("flickr-soundnet", tmp_path)
+    data.pack(table, tmp_path / "out")
+    ours, theirs = data.Shards(tmp_path / "out").read(0), table.read(0)
+    assert number(ours.frame) == 77
+    torch.testing.assert_close(ours.waveform, theirs.waveform, rtol=0, atol=1e-3)
+
+
+def test_interrupted_packing_goes_on_with_the_next_shard(folder, packed, tmp_path, monkeypatch):
+    write, written = shards_module._write, []
+
+    def killed(tar, *args):
+        if len(written) == 2:
+            (tar.parent / f".{tar.name}.part").write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        written.append(tar)
+        return write(tar, *args)
+
+    monkeypatch.setattr(shards_module, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.pack(folder, tmp_path, **SMALL, max_failed=0.1)
+    with pytest.raises(data.LayoutError, match=r"index\.json: no such file"):
+        data.Shards(tmp_path)
+    before = {tar: tar.stat().st_mtime_ns for tar in written}
+
+    monkeypatch.setattr(shards_module, "_write", write)
+    data.pack(folder, tmp_path, **SMALL, max_failed=0.1, num_workers=2)
+    assert {tar: tar.stat().st_mtime_ns for tar in written} == before
+    assert names(tmp_path) == names(packed)
+    for name in names(packed):
+        assert (tmp_path / name).read_bytes() == (packed / name).read_bytes(), name
+
+
+def test_other_settings_or_clips_are_refused(folder, copy):
+    with pytest.raises(ValueError, match=r"00000\.json: a shard made with another frame_rate: choose another folder"):
+        data.pack(folder, copy, clips_per_shard=5, frame_rate=2)
+    with pytest.raises(ValueError, match="made with another source"):
+        data.pack(folder.where(lambda row: row.id != "00.mp4"), copy, **SMALL)
+
+
+def test_too_many_failures_end_the_packing(folder, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"1 of \d+ clips have failed, more than max_failed=5%; the last is .*11.mp4"
+    ):
+        data.pack(folder, tmp_path, **SMALL)
+    assert json.loads((tmp_path / "failed.jsonl").read_text())["path"] == folder.name(11)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sound": "mp3"}, {"size": 0}, {"frame_rate": 0}, {"clips_per_shard": 0}, {"quality": 0}]
+)
+def test_bad_arguments(folder, tmp_path, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}="):
+        data.pack(folder, tmp_path, **options)
+
+
+def test_pairs_are_not_packed(folder, tmp_path):
+    pair = data.Row("a+b", folder.rows[0].path, extra={"path_2": folder.rows[1].path})
+    with pytest.raises(ValueError, match="pairs of clips"):
+        data.pack(data.Table("vggsound-music", folder.root, (pair,)), tmp_path)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def loader(shards, **options):
+    options = {"batch_size": 2, "train": True, "duration": 0.5} | options
+    return data.ClipLoader(shards, transform=image_transform((8, 8), train=options["train"]), **options)
+
+
+def test_epochs_over_ranks_and_resuming(packed):
+    shards = data.Shards(packed)
+    for _ in range(2):
+        ranks = [loader(shards, rank=rank, world_size=2, num_workers=rank) for rank in range(2)]
+        seen = Counter(i for rank in ranks for batch in rank for i in batch.index.tolist())
+        assert (len(seen), set(seen.values())) == (8, {1})  # two global batches of the eleven clips
+    whole = loader(shards)
+    expected = [batch.waveform for _ in range(2) for batch in whole]
+    first = loader(shards)
+    for _, _ in zip(range(3), first, strict=False):
+        pass
+    second = loader(data.Shards(packed), num_workers=2)
+    second.load_state_dict(first.state_dict())
+    resumed = [batch.waveform for _ in range(2) for batch in second]
+    assert all(map(torch.equal, resumed, expected[first.consumed // 2 :]))
+    assert len(resumed) == 10 - first.consumed // 2
+
+
+def test_damaged_shards_cost_only_the_clips_that_are_hit(copy, tmp_path):
+    shards = data.Shards(copy)
+    at = int(shards.files[shards.first[3] + 10][0])  # the sound of the fourth clip
+    content = bytearray((copy / "00000.tar").read_bytes())
+    content[at + 1000] ^= 1
+    (copy / "00000.tar").write_bytes(content)
+    cut(copy / "00002.tar", 0.0)
+    assert shards.verify() == ["00000.tar", "00002.tar"]
+    with pytest.raises(ClipError, match="audio stream: the shard is damaged here") as caught:
+        shards.read(3)
+    assert caught.value.path == f"{copy}/00000.tar: {shards.rows[3].id}"
+    report = tmp_path / "failed.jsonl"
+    for batch in loader(shards, batch_size=11, max_failed=1, report=report):
+        assert len(batch.index) == 11
+    gone = [3, *range(sum(shards.sizes[:2]), 11)]
+    assert sorted(json.loads(line)["path"] for line in report.read_text().splitlines()) == sorted(
+        map(shards.name, gone)
+    )
+    (copy / "00001.tar").unlink()
+    with pytest.raises(ClipError, match="cannot be read"):
+        shards.read(6)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("index.json", lambda text: text[:-9], "index.json: "),
+        ("index.json", lambda text: text.replace("shards-1", "shards-9"), "its format is 'avfusion-shards-9'"),
+        (
+            "index.json",
+            lambda text: text.replace('"00001"', '"../../1"'),
+            r"the shard's name '../../1' is not a number",
+        ),
+        ("00001.json", lambda text: "", "00001.json: "),
+    ],
+)
+def test_damaged_index_is_refused(copy, name, change, message):
+    (copy / name).write_text(change((copy / name).read_text()))
+    with pytest.raises(data.LayoutError, match=message):
+        data.Shards(copy)
+
+
+@pytest.fixture
+def served(copy):
+    """An http server of the shards: its address, and the paths that were asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/moved/index.json":
+                self.send_response(302)
+                self.send_header("Location", "ftp://localhost/index.json")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(copy))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_shards_are_fetched_when_they_are_needed_and_kept(served, packed, tmp_path):
+    address, asked = served
+    remote = data.Shards(address, cache=tmp_path / "cache", allow_http=True)
+    assert not [path for path in asked if path.endswith(".tar")]
+    here = data.Shards(packed)
+    assert remote.sha256 == here.sha256
+    ours, theirs = (loader(shards, num_workers=2 if shards is remote else 0) for shards in (remote, here))
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+    assert sorted(path for path in asked if path.endswith(".tar")) == [f"/0000{i}.tar" for i in range(3)]
+    again = data.Shards(address, cache=tmp_path / "cache", allow_http=True)
+    asked.clear()
+    again.read(0)
+    assert asked == []
+
+
+def test_shard_that_is_not_the_one_of_the_index_is_refused(served, copy, tmp_path):
+    remote = data.Shards(served[0], cache=tmp_path / "cache", allow_http=True)
+    cut(copy / "00000.tar", 0.9)
+    with pytest.raises(data.LayoutError, match=r"00000\.tar: not the file that index\.json names"):
+        remote.read(0)
+    (copy / "00000.tar").unlink()
+    with pytest.raises(RuntimeError, match=r"00000\.tar: HTTP Error 404"):
+        remote.read(0)
+
+
+def test_other_addresses_are_refused(served, tmp_path):
+    for address in ("pipe:touch /tmp/owned", "http://localhost/x", "file:///tmp", "s3://bucket/x", "ftp://localhost/"):
+        with pytest.raises(ValueError, match="expected a folder or an address that begins with https:"):
+            data.Shards(address, cache=tmp_path)
+    with pytest.raises(ValueError, match="cache= must name a folder"):
+        data.Shards("https://localhost/x")
+    with pytest.raises(data.LayoutError, match=r"redirects to ftp://localhost/index\.json, expected https or http"):
+        data.Shards(served[0] + "/moved", cache=tmp_path, allow_http=True)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_command(folder, tmp_path, capsys):
+    arguments = ["shard", "folder", str(folder.root), str(tmp_path / "out"), "--workers", "0"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 1
+    assert "1 of 12 clips have failed" in capsys.readouterr().err
+    assert cli.main([*arguments, "--max-failed", "0.1"]) == 1
+    shown = capsys.readouterr()
+    assert "folder: 12 of 12 clips found" in shown.out
+    assert "out: 11 clips" in shown.out
+    assert "1 clips failed, see" in shown.err
+    assert len(data.Shards(tmp_path / "out")) == 11
+
+
+def test_command_line_errors(tmp_path, capsys):
+    for layout, split, message in (("vgg", [], "expected one of vggsound"), ("folder", ["--split", "x"], "no splits")):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["shard", layout, str(tmp_path), str(tmp_path / "out"), *split])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err

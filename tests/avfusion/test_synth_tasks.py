@@ -1,0 +1,122 @@
+"""What the tasks of the synthetic data sets measure, by classifiers on simple features."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from avfusion.clips import LogMel
+from avfusion.synth.command import synthesize
+from avfusion.synth.render import render_frames, render_sources
+from avfusion.synth.scene import Settings, draw_scene
+from avfusion.synth.timbres import TIMBRES
+
+from .synthetic import brightness, frames_of, levels, masks_of, sources_of, truths_of
+
+
+def simple_features(settings, count, frames=4):
+    """Histograms of hue and of edge directions; means and deviations of mel bands; labels. Each [count, ...]."""
+    times, mel = (np.arange(frames) + 0.5) / frames * settings.seconds, LogMel(n_mels=40)
+    seen, heard, labels = [], [], []
+    for index in range(count):
+        scene = draw_scene(settings, index)
+        pixels = render_frames(scene, settings.size, times)[0].reshape(-1, settings.size, 3)
+        hsv = np.asarray(Image.fromarray(pixels).convert("HSV")) / 255
+        hue = np.histogram(hsv[..., 0], 24, (0, 1), weights=hsv[..., 1] * hsv[..., 2])[0]
+        down, right = np.gradient(pixels.mean(-1))
+        edges = np.histogram(np.arctan2(down, right), 12, (-np.pi, np.pi), weights=np.hypot(down, right))[0]
+        seen.append(np.sqrt(np.concatenate([hue / hue.sum(), edges / edges.sum()])))
+        bands = mel(torch.from_numpy(render_sources(scene).sum(0) / 32768).float())
+        heard.append(torch.cat([bands.mean(1), bands.std(1)]).numpy())
+        labels.append(scene.label)
+    return np.array(seen), np.array(heard), np.array(labels)
+
+
+def accuracy(x, labels, train):
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    return model.fit(x[:train], labels[:train]).score(x[train:], labels[train:])
+
+
+def product(seen, heard, train):
+    """All products of the main components of the two."""
+    parts = []
+    for x, components in ((seen, 24), (heard, 6)):
+        reduce = make_pipeline(StandardScaler(), PCA(components, whiten=True, random_state=0))
+        parts.append(reduce.fit(x[:train]).transform(x))
+    return np.einsum("na,nb->nab", *parts).reshape(len(seen), -1)
+
+
+def test_only_the_pair_tells_the_label_of_the_conjunction_task():
+    """Chance is 0.25; three standard deviations of it on 400 clips are 0.065."""
+    small = Settings(classes=4, size=64, seconds=2.0)
+    train, count = 800, 1200
+    seen, heard, labels = simple_features(replace(small, task="conjunction"), count)
+    both = np.concatenate([seen, heard], 1)
+    found = {"seen": accuracy(seen, labels, train), "heard": accuracy(heard, labels, train),
+             "sum": accuracy(both, labels, train)}  # fmt: skip
+    assert max(found.values()) < 0.25 + 0.065, found
+    assert accuracy(product(seen, heard, train), labels, train) > 0.85
+
+    seen, heard, labels = simple_features(small, 300)
+    assert accuracy(seen, labels, 200) > 0.5
+    assert accuracy(heard, labels, 200) > 0.85
+
+
+@pytest.mark.parametrize("task", ["classes", "conjunction", "synchrony"])
+def test_labels_are_balanced(task):
+    settings = Settings(task=task, classes=4)
+    cells = Counter()
+    for index in range(64):
+        scene = draw_scene(settings, index)
+        cells[scene.look, scene.timbre if task != "synchrony" else scene.side, scene.label] += 1
+    assert set(cells.values()) == {64 // {"classes": 4, "conjunction": 16, "synchrony": 8}[task]}
+    if task == "conjunction":
+        assert all(label == (look + timbre) % 4 for look, timbre, label in cells)
+
+
+def test_rhythm_says_nothing_in_the_conjunction_task():
+    """What brightness follows is seen too: it must not tell struck timbres from others."""
+    struck = {True: [], False: []}
+    for index in range(400):
+        (actor,) = draw_scene(Settings(task="conjunction", classes=4), index).actors
+        struck[TIMBRES[actor.timbre].struck].append(actor.struck)
+    assert abs(np.mean(struck[True]) - np.mean(struck[False])) < 0.17  # three standard deviations
+
+
+def test_synchrony_is_told_by_picture_and_sound_together(tmp_path):
+    """In the decoded files: the twin that is bright when it is loud is the one that sounds, and both look the same."""
+    synthesize(tmp_path, Settings(task="synchrony", clips=24, size=96, seconds=4.0, seed=2), workers=2)
+    labels, right = [], []
+    for truth in truths_of(tmp_path):
+        frames, masks = frames_of(tmp_path / truth["path"]), masks_of(tmp_path, truth)
+        loud = levels(sources_of(tmp_path, truth), truth)[0]
+        twins = sorted(truth["objects"], key=lambda item: item["boxes"][0][0])
+        assert len({item["look"] for item in twins}) == 1
+        in_step = [np.corrcoef(brightness(frames, masks == item["mask"]), loud)[0, 1] for item in twins]
+        assert [item["sounding"] for item in twins] == [truth["label"] == 0, truth["label"] == 1]
+        labels.append(truth["label"])
+        right.append(int(np.argmax(in_step)) == truth["label"])
+        assert max(in_step) > 0.6
+        assert min(in_step) < -0.4
+    assert all(right)
+    assert Counter(labels) == {0: 12, 1: 12}
+
+
+def test_twins_are_equally_likely_to_be_lit_at_any_time():
+    """The rhythm and its inverse have one distribution: no moment of the picture tells which of them is heard."""
+    times = np.arange(32) / 8
+    lit = []
+    for index in range(1500):
+        scene = draw_scene(Settings(task="synchrony"), index)
+        heard, silent = sorted(scene.actors, key=lambda actor: not actor.sounding)
+        lit.append(heard.drive(times) - silent.drive(times))
+    lit = np.array(lit)
+    assert np.abs(lit.mean(0)).max() < 3.5 / np.sqrt(len(lit))
+    assert abs((lit[:, 1:] > lit[:, :-1]).mean() - (lit[:, 1:] < lit[:, :-1]).mean()) < 0.01
