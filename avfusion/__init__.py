@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 # The public names and where they live: loaded on first use, so that `avfusion --help` is instant.
 _NAMES = {
+    "AVMAE": "mae",
     "CheckpointError": "checkpoint",
     "ClipError": "clips",
     "DeepAVFusion": "model",
@@ -21,8 +22,10 @@ _NAMES = {
     "save_encoder": "checkpoint",
 }
 # Import name -> package of the extra `train`.
-_REQUIRES = {"av": "av", "einops": "einops", "safetensors": "safetensors", "timm": "timm", "torchaudio": "torchaudio",
-             "torchvision": "torchvision", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # fmt: skip
+_REQUIRES = {"accelerate": "accelerate", "av": "av", "defusedxml": "defusedxml", "einops": "einops",
+             "filelock": "filelock", "matplotlib": "matplotlib", "safetensors": "safetensors",
+             "soundfile": "soundfile", "tensorboard": "tensorboard", "timm": "timm", "torchaudio": "torchaudio",
+             "torchvision": "torchvision", "tqdm": "tqdm", "webdataset": "webdataset"}  # fmt: skip
 
 _missing = [package for module, package in _REQUIRES.items() if find_spec(module) is None]
 if _missing:

@@ -1,4 +1,4 @@
-"""The command line: `avfusion embed CLIP...`."""
+"""The command line, `avfusion COMMAND`: embed clips; make, pack or browse a data set; pre-train an encoder."""
 
 import argparse
 import sys
@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avfusion import config as pretrain
+from avfusion.data import command as shard
+from avfusion.data.table import VIDEO_SUFFIXES, find_videos
+from avfusion.synth import command as synth
+
 if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
     from avfusion.features import Features
     from avfusion.model import DeepAVFusion
-
-VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm")
 
 EMBED_HELP = """\
 Turn video clips into audio-visual features.
@@ -49,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_embed(commands)
+    synth.add_parser(commands)
+    shard.add_parser(commands)
+    _add_browse(commands)
+    pretrain.add_parser(commands)
     args = parser.parse_args(argv)
     return args.run(args, args.parser)
 
@@ -127,7 +134,7 @@ def _video_files(clips: Iterable[Path], parser: argparse.ArgumentParser) -> list
     for clip in clips:
         found = [clip]
         if clip.is_dir():
-            found = sorted(p for p in clip.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
+            found = find_videos(clip)
         if not found:
             parser.error(f"{clip}: no video files ({' '.join(VIDEO_SUFFIXES)}) under this directory")
         paths += found
@@ -187,3 +194,31 @@ def _plot(model: "DeepAVFusion", features: "Features", directory: Path, progress
             name = f"{Path(path).stem}-{number}"
         taken.add(name)
         plot_clip(directory / f"{name}.png", clip, image, spectrogram[0], video, audio, note=note)
+
+
+def _add_browse(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "browse", help="look at a data set",
+        description="Write an HTML page with clips of a data set: frames, boxes and masks where there are any, "
+        "spectrograms, players. It needs no other file.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("layout", metavar="LAYOUT", help="how the data set lies on disk, see `avfusion shard --help`")
+    add("root", type=Path, metavar="ROOT", help="its folder")
+    add("--split", metavar="NAME", help="only this split, such as test (default: all)")
+    add("--clips", type=_count(1), default=12, metavar="N", help="how many to show (default: %(default)s)")
+    add("--out", type=Path, default="browse.html", metavar="PAGE", help="output file (default: %(default)s)")
+    parser.set_defaults(run=_browse, parser=parser)
+
+
+def _browse(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from avfusion.browse import table_cards, write_page
+    from avfusion.data import read
+
+    try:
+        table = read(args.layout, args.root, args.split)
+        shown = write_page(args.out, table_cards(table, args.clips), title=f"{args.root.name}: {table.layout}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(f"{args.out}: {shown} clips of {table}")
+    return 0

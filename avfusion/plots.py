@@ -1,4 +1,4 @@
-"""Pictures of what the fusion tokens look at: the frame, the spectrogram and the attention over both."""
+"""Pictures: what the fusion tokens look at, what masked modelling reconstructs, how probes rise."""
 
 import math
 import os
@@ -91,6 +91,47 @@ def plot_clip(
             _spectrogram(panel, decibels, span, "gray")
             _heat(panel, over_audio[token], _extent(spectrogram, span), "lower", over_audio[:shown])
             _bare(panel)
+    figure.savefig(path)
+
+
+def plot_probes(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
+    """Draw nearest-neighbour accuracies over the epochs: `rows` as in a run's probes.csv."""
+    figure = Figure(figsize=(6.4, 4), dpi=110, layout="constrained")
+    panel = figure.add_subplot()
+    epochs = [row["epoch"] for row in rows]
+    for name, style in (("image", "-"), ("audio", "-"), ("fusion", "-"), ("joint", "--")):
+        panel.plot(epochs, [100 * row[name] for row in rows], style, marker="o", markersize=3, label=name)
+    panel.axhline(100 * rows[-1]["chance"], color="0.5", linewidth=1, linestyle=":", label="chance")
+    panel.set(xlabel="epoch", ylabel="nearest neighbour has the same label (%)", ylim=(0, None))
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
+    figure.savefig(path)
+
+
+def plot_reconstructions(path: str | os.PathLike, *shown: Tensor) -> None:
+    """Draw the outputs of `AVMAE.reconstruct`, a row a clip: input, masked and reconstructed frame and spectrogram.
+
+    `shown` are three images [B, 3, H, W], ImageNet-normalised, and three spectrograms [B, 1, mels, frames], log10 of
+    power; NaN, where a patch is hidden, is left grey.
+    """
+    images, sounds = shown[:3], shown[3:]
+    count, width = len(images[0]), sounds[0].shape[-1] / sounds[0].shape[-2]
+    figure = Figure(figsize=(3 * (1.6 + 1.6 * width), 1.7 * count + 0.3), dpi=110, layout="constrained")
+    panels = figure.subplots(count, 6, squeeze=False, width_ratios=[1] * 3 + [width] * 3)
+    deviation, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
+    titles = ("frame", "masked", "reconstructed", "spectrogram", "masked", "reconstructed")
+    for clip, row in enumerate(panels):
+        decibels = [10 * sound[clip, 0].float().cpu() for sound in sounds]
+        top = decibels[0].max().item()
+        for number, panel in enumerate(row):
+            panel.set_facecolor("0.75")
+            if number < 3:
+                picture = (images[number][clip].float().cpu() * deviation + mean).clamp(0, 1)
+                seen = (~picture[:1].isnan()).float()
+                panel.imshow(torch.cat((picture.nan_to_num(), seen)).permute(1, 2, 0).numpy())
+            else:
+                panel.imshow(decibels[number - 3].numpy(), cmap=SPECTROGRAM, vmin=top - 80, vmax=top, origin="lower")
+            _bare(panel, titles[number] if clip == 0 else "")
     figure.savefig(path)
 
 

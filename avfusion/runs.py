@@ -1,0 +1,194 @@
+"""The folder of a pre-training run: what it was made with, its checkpoints, what it skipped, its export.
+
+run.json                        settings, code, data
+checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in the data, generators
+skipped.jsonl                   steps whose loss or gradient was not finite
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+import avfkernels
+from avfusion.checkpoint import load_encoder, save_encoder
+from avfusion.config import PretrainConfig
+from avfusion.data.loader import ClipLoader, Source
+
+NAMED = 8  # clips that an error message names
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the step, the clips or the file, and the last good checkpoint."""
+
+
+def write_run(out: Path, config: PretrainConfig, source: Source, processes: int, step: int) -> None:
+    """Write run.json: settings, the hash of the list of clips, and what code has run since which step."""
+    path = out / "run.json"
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if step else []
+    code = {"avfusion": avfkernels.__version__, "git": _git_version(), "torch": torch.__version__,
+            "python": platform.python_version()}  # fmt: skip
+    facts = {
+        "settings": asdict(config),
+        "data": {"clips": len(source.rows), "sha256": source.sha256},
+        "parts": [*parts, {"step": step, "processes": processes, "code": code}],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / ".run.json.part"
+    part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _git_version() -> str | None:
+    """The commit that the package is checked out at, "-dirty" where files differ; None where it is installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The folder of a run's last checkpoint. Folders appear under this name when they are complete."""
+    return max((path for path in out.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8}", path.name)),
+               default=None)  # fmt: skip
+
+
+def save_checkpoint(
+    out: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: ClipLoader,
+    accelerator: Accelerator,
+    keep: int,
+    step: int,
+    bad: int,
+) -> None:
+    """Write a checkpoint that is there as a whole or not at all, and remove all but the last `keep`.
+
+    Every process has to call it. Raises RunError, naming the checkpoint before, where it cannot be written.
+    """  # fmt: skip
+    generators = gather_object([_generators(accelerator.device)])
+    weights, moments = get_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    path = out / "checkpoints" / f"step-{step:08d}"
+    if accelerator.is_main_process and not path.exists():
+        part = path.with_name(f".{path.name}.part")
+        state = {
+            "step": step,
+            "bad": bad,
+            "loader": loader.state_dict(),
+            "generators": generators,
+            "optimizer": moments,
+        }
+        config = json.dumps(asdict(model.encoder.config))
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            weights = {key: value.contiguous() for key, value in weights.items()}
+            save_file(weights, part / "model.safetensors", metadata={"format": "pt", "config": config})
+            torch.save(state, part / "state.pt")
+            for file in part.iterdir():  # on the disk before the name is
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise RunError(f"{path}: cannot be written ({error}); the last good checkpoint is "
+                           f"{latest_checkpoint(out)}. Make room, then --resume") from error  # fmt: skip
+        for old in sorted(path.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: ClipLoader, accelerator: Accelerator
+) -> tuple[int, int]:
+    """Put everything back as it was; returns the number of steps done, and of skipped ones since the last good one.
+
+    With other processes than before, those that are new keep the generators that they have: masks, order and crops
+    come from elsewhere, so that only stochastic depth differs.
+
+    Raises ValueError where the checkpoint is of other data, or its files are damaged or of another model.
+    """
+    try:
+        weights = load_file(path / "model.safetensors")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        set_state_dict(
+            model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )  # fmt: skip
+    except (OSError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be resumed ({error}); remove it to go on from the one before") from error
+    loader.load_state_dict(state["loader"])
+    if accelerator.process_index < len(state["generators"]):
+        own = state["generators"][accelerator.process_index]
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], accelerator.device)
+    return state["step"], state["bad"]
+
+
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def note_skipped(
+    out: Path, step: int, values: dict[str, float], source: Source, index: list[int], *, main: bool
+) -> list[str]:
+    """Add a step that was not taken, and its clips (of all processes, which all have to call it), to skipped.jsonl.
+
+    Returns the names of the clips.
+    """
+    clips = [source.name(i) for i in gather_object(index)]
+    if main:
+        with open(out / "skipped.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | {k: repr(v) for k, v in values.items()} | {"clips": clips}) + "\n")
+    return clips
+
+
+def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tuple[Path, int]:
+    """Write the encoder of a run's last checkpoint to one file; returns the file and the step.
+
+    The file is safetensors for `load_encoder`, or, for `authors`, a torch file in their checkpoint format: all weights,
+    the decoders' too, under `state_dict`. The default name is RUN/encoder.safetensors or RUN/encoder.pth.
+
+    Raises ValueError where there is no checkpoint, or `out` has the suffix of the other format.
+    """
+    last = latest_checkpoint(run)
+    if last is None:
+        raise ValueError(f"{run}: no checkpoint of a pre-training run in it")
+    step, suffix = int(last.name.removeprefix("step-")), ".pth" if authors else ".safetensors"
+    out = out or run / f"encoder{suffix}"
+    if (out.suffix == ".safetensors") == authors:
+        raise ValueError(f"{out}: expected a name in {suffix}, which tells readers the format")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not authors:
+        save_encoder(load_encoder(last / "model.safetensors"), out)
+        return out, step
+    clips, batch = (json.loads((run / "run.json").read_text())[k] for k in ("data", "settings"))
+    epoch = step // (clips["clips"] // batch["batch_size"])
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        torch.save({"state_dict": load_file(last / "model.safetensors"), "epoch": epoch, "n_steps": step}, part)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return out, step

@@ -1,0 +1,510 @@
+"""Pre-training: exact resume, what is skipped, what is refused, several processes, probes, export."""
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from avfusion import DeepAVFusion, data, load_encoder, runs, train
+from avfusion.cli import main
+from avfusion.config import PRESETS, PretrainConfig, load_config
+from avfusion.data import Row
+from avfusion.optim import adamw, rate, rise, set_rate
+from avfusion.probe import Selection, chance, leave_one_out_accuracy, nearest
+from avfusion.runs import RunError, export, latest_checkpoint
+from avfusion.synth.command import synthesize
+from avfusion.synth.scene import Settings
+
+STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips") / "set"
+    synthesize(folder, Settings(clips=15, classes=2, size=64, seconds=1.5, fps=4))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(clips):
+    return PretrainConfig(
+        data=str(clips), workers=0, dim=32, depth=2, num_heads=2, image_size=(64, 64), audio_size=(32, 64),
+        fusion_tokens=2, image_agg_tokens=2, audio_agg_tokens=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2,
+        epochs=3, batch_size=4, warmup_epochs=1, blr=0.1, probe_clips=0, log_steps=1, tracker="none", drop_path=0.2,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that the tests start: sums depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert train.pretrain(config, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+class Crash(Exception):
+    pass
+
+
+def at_step(monkeypatch, number, action):
+    """Do something at the beginning of the step that is the `number`-th from now."""
+    count, before = iter(range(1, 1000)), set_rate
+
+    def counted(*args):
+        if next(count) == number:
+            action()
+        return before(*args)
+
+    monkeypatch.setattr(train, "set_rate", counted)
+
+
+def crash():
+    raise Crash
+
+
+def files(out, step=STEPS):
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    return load_file(folder / "model.safetensors"), torch.load(folder / "state.pt", weights_only=True)
+
+
+def assert_same_run(a, b):
+    (weights, state), (others, other) = files(a), files(b)
+    assert weights.keys() == others.keys()
+    assert [key for key in weights if not torch.equal(weights[key], others[key])] == []
+    for name, moments in state["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, other["optimizer"]["state"][name][key]), (name, key)
+    assert state["loader"] == other["loader"]
+    assert torch.equal(state["generators"][0]["cpu"], other["generators"][0]["cpu"])
+
+
+def test_a_run_leaves_what_it_was_made_with_and_its_last_checkpoints(config, clips, undisturbed):
+    assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
+    facts = json.loads((undisturbed / "run.json").read_text())
+    assert facts["data"] == {"clips": 12, "sha256": data.read("vggsound", clips, "train").sha256}
+    (part,) = facts["parts"]
+    assert (part["step"], part["processes"], part["code"]["torch"]) == (0, 1, torch.__version__)
+    assert load_config(undisturbed / "run.json") == config
+    weights, state = files(undisturbed)
+    fresh = train.build(config).state_dict()
+    assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in fresh.items()}
+    assert (state["step"], state["bad"], state["loader"]["epoch"]) == (9, 0, 3)
+
+
+def test_crashes_at_any_step_and_resuming_give_the_same_bits(config, undisturbed, tmp_path, monkeypatch):
+    config, out = replace(config, save_steps=1, keep=1), tmp_path / "run"
+    for steps in (3, 1, 4):  # the first epoch's end, twice the same step, the middle of an epoch
+        at_step(monkeypatch, steps, crash)
+        with pytest.raises(Crash):
+            train.pretrain(config, out, resume=True)
+        torch.rand(7)  # whatever else draws
+    monkeypatch.undo()
+    assert train.pretrain(config, out, resume=True)
+    assert_same_run(undisturbed, out)
+    assert train.pretrain(config, out, resume=True)  # finished: nothing to do
+    assert_same_run(undisturbed, out)
+
+
+def command(config, *options):
+    settings = [f"--{item.name.replace('_', '-')}" for item in fields(config)]
+    words = []
+    for flag, value in zip(settings, asdict(config).values(), strict=True):
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return ["pretrain", "tiny", *words, *map(str, options)]
+
+
+def test_killed_while_it_computes_and_resumed_by_the_command_line(config, undisturbed, tmp_path):
+    config, out = replace(config, save_steps=1), tmp_path / "run"
+    line = [sys.executable, "-m", "avfusion", *command(config, "--out", out)]
+    with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        while process.poll() is None and (latest_checkpoint(out) or out).name < "step-00000004":
+            pass
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert main(command(config, "--out", out, "--resume")) == 0
+    assert_same_run(undisturbed, out)
+
+
+def test_sigterm_saves_and_ends_and_the_run_goes_on(config, undisturbed, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    for step in (2, 1):  # within an epoch, and in its last step
+        at_step(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(command(config, "--out", tmp_path / "run", "--resume")) == 143
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000003"
+    assert signal.getsignal(signal.SIGTERM) is handler
+    monkeypatch.undo()
+    assert train.pretrain(config, tmp_path / "run", resume=True)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def poison(monkeypatch, name, clips):
+    """Make the sound of some clips not finite, on its way to the model."""
+    table = data.read("vggsound", clips, "train")
+    read = data.Table.read
+
+    def poisoned(self, index, **window):
+        clip = read(self, index, **window)
+        return replace(clip, waveform=clip.waveform * torch.nan) if self.rows[index].id in name else clip
+
+    monkeypatch.setattr(data.Table, "read", poisoned)
+    return table
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_listed(config, clips, tmp_path, monkeypatch):
+    row = data.read("vggsound", clips, "train").rows[0]
+    poison(monkeypatch, {row.id}, clips)
+    assert train.pretrain(config, tmp_path / "run")
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == 3  # an epoch each
+    for line in skipped:
+        assert line["loss_audio"] == "nan"
+        assert str(row.path) in line["clips"]
+        assert len(line["clips"]) == 4
+    weights, state = files(tmp_path / "run")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert state["optimizer"]["state"]["encoder.fusion_tokens"]["step"] == STEPS - 3
+
+
+def test_a_few_in_a_row_end_the_run_with_step_clips_and_checkpoint(config, clips, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    at_step(monkeypatch, 4, crash)
+    with pytest.raises(Crash):
+        train.pretrain(config, out)
+    monkeypatch.undo()
+    poison(monkeypatch, {row.id for row in data.read("vggsound", clips, "train").rows}, clips)
+    with pytest.raises(SystemExit) as ended:
+        main(command(config, "--out", out, "--resume"))
+    assert ended.value.code == 1
+    message = capsys.readouterr().err
+    assert "step 5, in epoch 1" in message
+    assert "'loss_audio': nan" in message
+    assert message.count(".mp4") == 4
+    assert f"The last good checkpoint: {out / 'checkpoints' / 'step-00000003'}" in message
+    assert all(value.isfinite().all() for value in files(out, 3)[0].values())
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(config, undisturbed, tmp_path, monkeypatch):
+    out, real, writes = tmp_path / "run", torch.save, iter(range(10))
+
+    def full(content, path):
+        real(content, path)
+        if next(writes) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs.torch, "save", full)
+    with pytest.raises(
+        RunError, match=r"step-00000006: cannot be written .*No space.* last good .*step-00000003\. Make"
+    ):
+        train.pretrain(config, out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    assert train.pretrain(config, out, resume=True)
+    assert_same_run(undisturbed, out)
+
+
+def test_what_would_change_a_run_is_refused(config, clips, undisturbed, tmp_path):
+    with pytest.raises(ValueError, match="holds a run already; add --resume"):
+        train.pretrain(config, undisturbed)
+    with pytest.raises(ValueError, match=r"dim was 32 and is now 48; blr was 0\.1 and is now 0\.2"):
+        train.pretrain(replace(config, dim=48, blr=0.2), undisturbed, resume=True)
+    with pytest.raises(ValueError, match=r"the state is of sha256 .* its order is another"):
+        train.pretrain(replace(config, data=str(_fewer(clips, tmp_path))), undisturbed, resume=True)
+
+
+def _fewer(clips, tmp_path):
+    """The same set with a clip less."""
+    other = tmp_path / "fewer"
+    synthesize(other, Settings(clips=14, classes=2, size=64, seconds=1.5, fps=4))
+    assert len(data.read("vggsound", other, "train")) == 12
+    data.read("vggsound", other, "train").rows[0].path.unlink()
+    return other
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 6, "accumulation": 4}, r"batch_size=6: expected a multiple of 1 processes x accumulation=4"),
+        ({"batch_size": 16}, "batch_size=16 on 1 ranks: the set has only 12 clips"),
+        ({"data": "/nowhere"}, "/nowhere: no such directory"),
+        ({"image_weights": "nothing.pth"}, r"nothing\.pth: neither a file nor"),
+        ({"audio_mask_ratio": 1.0}, "audio_mask_ratio = 1.0 leaves 0 of 8 patches visible"),
+        ({"image_size": (60, 64)}, r"image_size = \(60, 64\) must be two multiples of patch_size 16"),
+        ({"tracker": "paper"}, "tracker='paper': expected one of tensorboard, wandb, none"),
+        ({"data": ""}, "data: give the folder of the data set"),
+        ({"epochs": 0}, "epochs=0: expected at least 1"),
+        ({"crop_min": 0.0}, "crop_min=0.0: expected a share"),
+    ],
+)
+def test_settings_that_cannot_be_run_are_named(config, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train.pretrain(replace(config, **changes), tmp_path / "run")
+    assert latest_checkpoint(tmp_path / "run") is None
+
+
+def test_an_empty_data_set_is_named_on_the_command_line(config, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        main(
+            command(
+                replace(config, data=str(tmp_path / "empty"), layout="folder", split="all"), "--out", tmp_path / "r"
+            )
+        )
+    assert ended.value.code == 2
+    assert f"{tmp_path / 'empty'}: none of the 0 clips of folder is there" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(config, undisturbed, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "step-00000003"
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text((undisturbed / "run.json").read_text())
+    (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"step-00000003: cannot be resumed .*remove it"):
+        train.pretrain(config, tmp_path / "run", resume=True)
+
+
+def test_probes_pictures_and_log(config, tmp_path):
+    out = tmp_path / "run"
+    wanted = replace(config, epochs=1, probe_clips=9, probe_split="all", probe_epochs=1, tracker="tensorboard")
+    assert train.pretrain(wanted, out)
+    with open(out / "probes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["epoch"]) for row in rows] == [("0", "0.0"), ("3", "1.0")]
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("image", "audio", "fusion", "joint", "chance"))
+    for picture in ("probes.png", "reconstructions/step-00000000.png", "reconstructions/step-00000003.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    log = scalars(out)
+    assert [event.step for event in log["loss/image"]] == [1, 2, 3]
+    assert {"loss/audio", "gradient norm", "lr", "clips/s", "TFLOP/s", "probe/fusion"} <= log.keys()
+
+
+def scalars(out):
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def test_probing_changes_nothing(config, undisturbed, tmp_path):
+    assert train.pretrain(replace(config, probe_clips=3, probe_epochs=2), tmp_path / "run")
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_accumulation_and_checkpointing_change_rounding_only(config, tmp_path):
+    config, losses = replace(config, drop_path=0.0, epochs=1), []
+    for name, changes in {"plain": {}, "other": {"accumulation": 2, "gradient_checkpointing": True}}.items():
+        assert train.pretrain(replace(config, **changes), tmp_path / name)
+        losses.append(final_losses(config, tmp_path / name, 3))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def final_losses(config, out, step=STEPS):
+    """What the last weights make of a fixed batch. Weights that do not matter, key biases, are noise in AdamW."""
+    model = train.build(config).eval()
+    model.load_state_dict(files(out, step)[0])
+    g = torch.Generator().manual_seed(0)
+    batch = (torch.randn(4, 3, 64, 64, generator=g), torch.randn(4, 1, 32, 64, generator=g))
+    with torch.no_grad():
+        return [loss.item() for loss in model(*batch, *train.mask_noise(config, 0, torch.arange(4)))[:2]]
+
+
+WORK = """
+import json, os, sys
+from pathlib import Path
+import torch
+from avfusion import train
+from avfusion.config import PretrainConfig
+
+torch.set_num_threads(1)
+for job in json.loads(Path(sys.argv[1]).read_text()):
+    seen, noise = [], train.mask_noise
+    train.mask_noise = lambda config, epoch, index: seen.append(index.tolist()) or noise(config, epoch, index)
+    assert train.pretrain(PretrainConfig(**job["config"]), job["out"], resume=True)
+    train.mask_noise = noise
+    Path(job["out"], f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
+"""
+
+
+def test_two_processes_equal_one_and_ddp_fsdp_and_one_two_one_keep_the_order(config, tmp_path, monkeypatch):
+    config = replace(config, drop_path=0.0, tracker="tensorboard", probe_clips=3, probe_epochs=3)
+    seen, noise = [], train.mask_noise
+    monkeypatch.setattr(train, "mask_noise", lambda c, e, index: seen.append(index.tolist()) or noise(c, e, index))
+    assert train.pretrain(replace(config, accumulation=2), tmp_path / "one")
+    steps = [sorted(a + b) for a, b in zip(seen[::2], seen[1::2], strict=True)]
+    at_step(monkeypatch, 5, crash)
+    with pytest.raises(Crash):
+        train.pretrain(replace(config, save_steps=2, tracker="none"), tmp_path / "mixed")
+
+    jobs = [
+        {"out": str(tmp_path / "ddp"), "config": asdict(config)},
+        {"out": str(tmp_path / "fsdp"), "config": asdict(replace(config, fsdp=True))},
+        {"out": str(tmp_path / "mixed"), "config": asdict(replace(config, tracker="none"))},
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    (tmp_path / "work.py").write_text(WORK)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+            str(tmp_path / "work.py"), str(tmp_path / "jobs.json")]  # fmt: skip
+    done = subprocess.run(
+        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+    expected, losses = scalars(tmp_path / "one"), final_losses(config, tmp_path / "one")
+    for name in ("ddp", "fsdp"):
+        got = scalars(tmp_path / name)
+        for tag in ("loss/image", "loss/audio", "gradient norm"):
+            for ours, theirs in zip(got[tag], expected[tag], strict=True):
+                assert ours.value == pytest.approx(theirs.value, rel=1e-5), (name, tag, ours.step)
+        assert final_losses(config, tmp_path / name) == pytest.approx(losses, rel=1e-5)
+        assert (tmp_path / name / "probes.csv").read_text() != ""
+        assert _together(tmp_path / name) == steps
+    assert _together(tmp_path / "mixed") == steps[4:]
+    assert final_losses(config, tmp_path / "mixed") == pytest.approx(losses, rel=1e-5)
+
+
+def _together(out):
+    """The clips of each step, of both processes."""
+    return [
+        sorted(a + b) for a, b in zip(*(json.loads((out / f"seen{r}.json").read_text()) for r in (0, 1)), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("authors", [False, True])
+def test_an_exported_encoder_loads_and_is_the_runs(config, undisturbed, tmp_path, authors):
+    out = tmp_path / ("encoder.pth" if authors else "encoder.safetensors")
+    assert (
+        main(["export", str(undisturbed), "--out", str(out), "--format", "authors" if authors else "safetensors"]) == 0
+    )
+    # The authors' format tells no shape: heads are 64 wide and mels 128 there.
+    model = load_encoder(out, config.encoder() if authors else None)
+    assert model.config == config.encoder()
+    weights = files(undisturbed)[0]
+    assert all(torch.equal(value, weights[f"encoder.{key}"]) for key, value in model.state_dict().items())
+    if authors:
+        content = torch.load(out, weights_only=True)
+        assert content["state_dict"].keys() == weights.keys()
+        assert (content["epoch"], content["n_steps"]) == (3, STEPS)
+
+
+def test_export_errors(undisturbed, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint of a pre-training run"):
+        export(tmp_path)
+    with pytest.raises(ValueError, match=r"expected a name in \.pth"):
+        export(undisturbed, tmp_path / "encoder.safetensors", authors=True)
+    with pytest.raises(ValueError, match=r"expected a name in \.safetensors"):
+        export(undisturbed, tmp_path / "encoder.pth")
+
+
+def test_rates_follow_the_papers_schedule():
+    assert [rate(epoch, 200, 40) for epoch in (0, 20, 40, 120, 200)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [rise(epoch, 200) for epoch in (0, 50, 100, 200)] == pytest.approx([0, 0.5, 1, 1])
+    model = train.build(PretrainConfig(data="x", dim=32, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1))
+    optimizer = adamw(model, weight_decay=0.05, betas=(0.9, 0.95), pretrained=["encoder.image."])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert set_rate(optimizer, 1.0, 50, 200, 40) == pytest.approx(rate(50, 200, 40))
+    seen = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            seen.append(names[id(parameter)])
+            assert group["weight_decay"] == (0.0 if seen[-1].endswith(".bias") or "norm" in seen[-1] else 0.05)
+            assert group["lr"] == pytest.approx(rate(50, 200, 40) * (0.5 if "encoder.image" in seen[-1] else 1))
+    assert sorted(seen) == sorted(names.values())
+    assert not any(group["pretrained"] for group in adamw(model, weight_decay=0, betas=(0.9, 0.95)).param_groups)
+
+
+def test_pretrained_vits_start_the_run_at_rate_zero(config, tmp_path, monkeypatch):
+    vit = {k: torch.full_like(v, 0.01) for k, v in DeepAVFusion(config.encoder()).image.state_dict().items()}
+    torch.save({"model": vit}, tmp_path / "mae.pth")
+    rates = []
+    monkeypatch.setattr(train, "set_rate", lambda opt, *a: rates.append(
+        (set_rate(opt, *a), *(g["lr"] for g in opt.param_groups if g["pretrained"]))) or rates[-1][0])  # fmt: skip
+    wanted = replace(config, epochs=1, warmup_epochs=0, image_weights=str(tmp_path / "mae.pth"))
+    assert train.pretrain(wanted, tmp_path / "run")
+    assert [row[1] for row in rates] == pytest.approx([row[0] * rise(i / 3, 1) for i, row in enumerate(rates)])
+    assert rates[0][1] == 0 < rates[0][0]
+    weight = files(tmp_path / "run", 3)[0]["encoder.image.blocks.0.attn.qkv.weight"]
+    assert (weight - 0.01).abs().max() < 0.01  # started there, and has moved little
+    assert not torch.equal(weight, vit["blocks.0.attn.qkv.weight"])
+
+
+def test_masks_are_a_function_of_seed_epoch_and_clip(config):
+    image, audio = train.mask_noise(config, 3, torch.tensor([5, 2, 9]))
+    assert image.shape == (3, 16)
+    assert audio.shape == (3, 8)
+    again = train.mask_noise(config, 3, torch.tensor([2]))
+    assert torch.equal(again[0][0], image[1])
+    assert torch.equal(again[1][0], audio[1])
+    others = [(config, 4, [2]), (config, 3, [3]), (replace(config, seed=1), 3, [2])]
+    assert not any(torch.equal(train.mask_noise(c, e, torch.tensor(i))[0], again[0]) for c, e, i in others)
+    many = train.mask_noise(config, 0, torch.arange(2000))[0]
+    assert abs(many.mean().item() - 0.5) < 0.01
+
+
+def test_nearest_neighbours_and_chance():
+    features = torch.tensor([[1.0, 0], [2, 0.1], [0, 1], [0.1, 3], [-1, 0]])
+    similarity, rows = nearest(features, features, 2, leave_one_out=True)
+    assert rows[:4, 0].tolist() == [1, 0, 3, 2]
+    assert (similarity[:, 0] >= similarity[:, 1]).all()
+    assert nearest(features[:2], features)[1].squeeze(1).tolist() == [0, 1]
+    assert leave_one_out_accuracy(features, torch.tensor([0, 0, 1, 1, 1])) == pytest.approx(1.0)
+    assert leave_one_out_accuracy(features, torch.tensor([0, 0, 1, 0, 2])) == pytest.approx(0.4)
+    assert chance(torch.tensor([0, 0, 1, 1])) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="k=5: the gallery has 4 rows"):
+        nearest(features, features, 5, leave_one_out=True)
+
+
+def test_a_selection_takes_labelled_clips_evenly():
+    class Source:
+        rows = tuple(Row(f"{i}", Path(f"{i}.mp4"), labels=(i,) if i % 2 else (0, 1)) for i in range(12))
+        classes, sha256 = tuple("abcdefghijkl"), "x"
+
+        def name(self, index):
+            return self.rows[index].path.name
+
+    chosen = Selection(Source(), 3)
+    assert [row.label for row in chosen.rows] == [1, 5, 9]
+    assert [chosen.name(i) for i in range(3)] == ["1.mp4", "5.mp4", "9.mp4"]
+    assert chosen.has_labels
+    unlabelled = Source()
+    unlabelled.rows = [replace(row, labels=()) for row in Source.rows]
+    assert len(Selection(unlabelled, 5).rows) == 5
+    assert not Selection(unlabelled, 5).has_labels
+
+
+def test_presets_and_help(capsys):
+    for name, settings in PRESETS.items():
+        PretrainConfig(**{"data": "somewhere"} | settings).encoder()
+        assert name in (None, *PRESETS)
+    paper = PretrainConfig(data="x", **PRESETS["paper-audioset"])
+    assert (paper.epochs, paper.batch_size, paper.blr, paper.warmup_epochs) == (200, 2048, 1.5e-4, 40)
+    assert (paper.weight_decay, paper.betas, paper.crop_min, paper.gain_db) == (0.05, (0.9, 0.95), 0.5, 6.0)
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for item in fields(PretrainConfig):
+        assert f"--{item.name.replace('_', '-')}" in text
+        assert item.metadata["help"][:30] in text
+    with pytest.raises(SystemExit):
+        main(["pretrain", "paper-vggsound"])
+    assert "data: give the folder of the data set" in capsys.readouterr().err
