@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avfusion import config as pretrain
 from avfusion.data import command as shard
 from avfusion.data.table import VIDEO_SUFFIXES, find_videos
 from avfusion.synth import command as synth
+from avfusion.tasks import command as pretrain
 
 if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
     from avfusion.features import Features

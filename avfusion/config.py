@@ -1,40 +1,13 @@
-"""`avfusion pretrain` and `avfusion export`: what a pre-training run is made of, the presets, the command line."""
+"""Settings of a training run as dataclasses: what every run has, and what pre-training adds. Light to import."""
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
+if TYPE_CHECKING:  # imported where it is needed: `--help` loads nothing heavy
     from avfusion.model import EncoderConfig
-
-HELP = """\
-Pre-train a DeepAVFusion encoder by masked auto-encoding of pictures and sound.
-
-PRESET is where the settings start from; every option below overrides one of them.
-
-  tiny             a small encoder on synthetic clips, which are made on first use: minutes on two CPU cores
-  paper-vggsound   the paper's recipe: ViT-B, 200 epochs, batch 512
-  paper-audioset   likewise, batch 2048
-"""
-
-EPILOG = """\
-examples:
-  avfusion pretrain tiny
-  avfusion pretrain paper-vggsound --data /data/vggsound --image-weights vit_base_patch16_224.mae \\
-      --audio-weights audiomae.pth --out runs/vggsound
-  torchrun --nproc-per-node 8 -m avfusion pretrain paper-vggsound --data /data/vggsound --out runs/vggsound --resume
-  avfusion export runs/vggsound
-
-A run is a folder: run.json (settings, code, data), checkpoints/, probes.csv and .png, reconstructions/, TensorBoard's
-logs, failed.jsonl and skipped.jsonl. After SIGTERM, or a crash, the same command with --resume goes on.
-exit status: 0 finished, 1 the run had to end, 2 usage or data set error, 143 stopped by SIGTERM, saved
-"""
-
-EXPORT_HELP = """\
-Write the encoder of a pre-training run as one file that `avfusion embed --checkpoint` and `load_encoder` read.
-"""
 
 
 def setting(default, text: str, **argument):
@@ -43,8 +16,8 @@ def setting(default, text: str, **argument):
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """A pre-training run. Raises ValueError, naming the field, for a combination that cannot be run."""
+class TrainConfig:
+    """What every training run is made of. Raises ValueError, naming the field, for what cannot be run."""
 
     # data
     data: str = setting("", "folder of the data set (layout shards: folder or https address of the shards)")
@@ -52,36 +25,12 @@ class PretrainConfig:
     split: str = setting("train", "split to train on; all: everything")
     synth_clips: int = setting(0, "make so many synthetic clips in --data first, unless they are there")
     synth_classes: int = setting(12, "of how many classes these are")
-    probe_data: str = setting("", "folder of labelled clips to probe with (default: --data)")
-    probe_split: str = setting("test", "split of these clips; all: everything")
-    probe_clips: int = setting(2000, "so many of them at most; 0 leaves probes and pictures out")
+    eval_data: str = setting("", "folder of labelled clips to evaluate on (default: --data)")
+    eval_split: str = setting("test", "split of these clips; all: everything")
+    eval_clips: int = setting(2000, "so many of them at most; 0 leaves evaluation during training out")
     crop_min: float = setting(0.5, "smallest share of a frame that a random crop keeps")
     gain_db: float = setting(6.0, "largest random change of the volume, in dB")
     workers: int = setting(8, "processes that decode ahead, for each training process")
-
-    # model
-    dim: int = setting(768, "width of the encoder's tokens")
-    depth: int = setting(12, "its layers")
-    num_heads: int = setting(12, "its heads")
-    patch_size: int = setting(16, "pixels, and mel bands x frames")
-    image_size: tuple[int, int] = setting((224, 224), "height and width in pixels")
-    audio_size: tuple[int, int] = setting((128, 192), "mel bands and frames, 64 frames a second")
-    fusion: str = setting("factorized", "kind of fusion", choices=("factorized", "dense", "token", "none"))
-    fusion_layers: str = setting("all", "all, none, late (the last), mid (the last four) or layers such as 0-3-11")
-    fusion_tokens: int = setting(16, "tokens that attend to interactions")
-    image_agg_tokens: int = setting(8, "factorized: tokens that aggregate the image")
-    audio_agg_tokens: int = setting(8, "factorized: tokens that aggregate the audio")
-    interaction: str = setting("sum", "dense: how two tokens of a pair combine", choices=("sum", "product"))
-    drop_path: float = setting(0.0, "stochastic depth")
-    decoder_dim: int = setting(512, "width of the decoders")
-    decoder_depth: int = setting(8, "their layers")
-    decoder_num_heads: int = setting(16, "their heads")
-    image_mask_ratio: float = setting(0.75, "share of image patches that is hidden")
-    audio_mask_ratio: float = setting(0.8, "share of spectrogram patches that is hidden")
-    norm_loss: bool = setting(True, "normalise each target patch")
-    image_weights: str = setting("", "pre-trained image ViT to start from: a file, or a name such as "
-                                     "vit_base_patch16_224.mae that timm fetches")  # fmt: skip
-    audio_weights: str = setting("", "pre-trained audio ViT to start from, likewise")
 
     # optimisation
     epochs: int = setting(200, "passes over the data")
@@ -91,6 +40,7 @@ class PretrainConfig:
     warmup_epochs: float = setting(40.0, "linear rise of the rate, before it falls by a cosine to 0")
     weight_decay: float = setting(0.05, "of AdamW; biases and norms have none")
     betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW")
+    drop_path: float = setting(0.0, "stochastic depth of the encoder")
     seed: int = setting(0, "of everything random: weights, order, crops, masks")
 
     # machine
@@ -104,7 +54,7 @@ class PretrainConfig:
     # records
     save_steps: int = setting(0, "checkpoint every so many steps (default: at the end of each epoch)")
     keep: int = setting(2, "checkpoints that stay")
-    probe_epochs: int = setting(10, "epochs from one probe and picture to the next")
+    eval_epochs: int = setting(10, "epochs from one evaluation to the next")
     log_steps: int = setting(20, "steps from one line of the log to the next")
     tracker: str = setting("tensorboard", "where the log goes", choices=("tensorboard", "wandb", "none"))
     max_bad_steps: int = setting(3, "so many steps in a row with a loss or gradient that is not finite end the run")
@@ -119,14 +69,41 @@ class PretrainConfig:
                 raise ValueError(f"{item.name}={value!r}: expected one of {', '.join(choices)}")
         if not self.data:
             raise ValueError("data: give the folder of the data set, for instance --data /data/vggsound")
-        for name in ("epochs", "batch_size", "accumulation", "keep", "probe_epochs", "log_steps", "max_bad_steps"):
+        for name in ("epochs", "batch_size", "accumulation", "keep", "eval_epochs", "log_steps", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("workers", "probe_clips", "save_steps", "synth_clips", "seed", "blr", "warmup_epochs"):
+        for name in ("workers", "eval_clips", "save_steps", "synth_clips", "seed", "blr", "warmup_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0")
         if not 0 < self.crop_min <= 1:
             raise ValueError(f"crop_min={self.crop_min}: expected a share of the frame, in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """A pre-training run: the encoder, the decoders, the masks."""
+
+    dim: int = setting(768, "width of the encoder's tokens")
+    depth: int = setting(12, "its layers")
+    num_heads: int = setting(12, "its heads")
+    patch_size: int = setting(16, "pixels, and mel bands x frames")
+    image_size: tuple[int, int] = setting((224, 224), "height and width in pixels")
+    audio_size: tuple[int, int] = setting((128, 192), "mel bands and frames, 64 frames a second")
+    fusion: str = setting("factorized", "kind of fusion", choices=("factorized", "dense", "token", "none"))
+    fusion_layers: str = setting("all", "all, none, late (the last), mid (the last four) or layers such as 0-3-11")
+    fusion_tokens: int = setting(16, "tokens that attend to interactions")
+    image_agg_tokens: int = setting(8, "factorized: tokens that aggregate the image")
+    audio_agg_tokens: int = setting(8, "factorized: tokens that aggregate the audio")
+    interaction: str = setting("sum", "dense: how two tokens of a pair combine", choices=("sum", "product"))
+    decoder_dim: int = setting(512, "width of the decoders")
+    decoder_depth: int = setting(8, "their layers")
+    decoder_num_heads: int = setting(16, "their heads")
+    image_mask_ratio: float = setting(0.75, "share of image patches that is hidden")
+    audio_mask_ratio: float = setting(0.8, "share of spectrogram patches that is hidden")
+    norm_loss: bool = setting(True, "normalise each target patch")
+    image_weights: str = setting("", "pre-trained image ViT to start from: a file, or a name such as "
+                                     "vit_base_patch16_224.mae that timm fetches")  # fmt: skip
+    audio_weights: str = setting("", "pre-trained audio ViT to start from, likewise")
 
     def encoder(self) -> "EncoderConfig":
         from avfusion.model import EncoderConfig
@@ -136,98 +113,46 @@ class PretrainConfig:
 
 
 # Settings that may change when a run is resumed: they decide how it is computed and recorded, not what comes out.
-FREE = {"data", "probe_data", "probe_clips", "probe_split", "workers", "accumulation", "compile",
-        "gradient_checkpointing", "fsdp", "peak_tflops", "save_steps", "keep", "probe_epochs", "log_steps", "tracker",
+FREE = {"data", "eval_data", "eval_clips", "eval_split", "workers", "accumulation", "compile",
+        "gradient_checkpointing", "fsdp", "peak_tflops", "save_steps", "keep", "eval_epochs", "log_steps", "tracker",
         "max_bad_steps"}  # fmt: skip
 
-PRESETS = {
-    "paper-vggsound": {"mixed_precision": "bf16"},
-    "paper-audioset": {"layout": "audioset", "split": "unbalanced_train", "probe_split": "eval", "batch_size": 2048,
-                       "mixed_precision": "bf16"},
-    "tiny": {"data": "data/tiny", "synth_clips": 1200, "synth_classes": 6, "workers": 0, "dim": 96, "depth": 4,
-             "num_heads": 4, "image_size": (64, 64), "fusion_tokens": 8, "image_agg_tokens": 4, "audio_agg_tokens": 4,
-             "decoder_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4, "epochs": 16, "batch_size": 32,
-             "blr": 8e-3, "warmup_epochs": 2.0, "probe_epochs": 4},
-}  # fmt: skip
+Config = TypeVar("Config", bound=TrainConfig)
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add `pretrain` and `export` to the command line's commands."""
-    parser = commands.add_parser(
-        "pretrain", help="pre-train an encoder", description=HELP, epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
-    parser.add_argument("preset", metavar="PRESET", choices=PRESETS, help=" | ".join(PRESETS))
-    parser.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/PRESET)")
-    parser.add_argument("--resume", action="store_true", help="go on from RUN's last checkpoint, if there is one")
+def add_settings(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -> None:
+    """Add an option for each field of `cls`; options that are not given are absent from the namespace."""
     group = parser.add_argument_group("settings, and their defaults where the preset has no other")
-    for item in fields(PretrainConfig):
+    for item in fields(cls):
         flag, default = f"--{item.name.replace('_', '-')}", item.default
         text, choices = item.metadata["help"], item.metadata.get("choices")
-        if default not in ("", False) and not (default == 0 and "(default" in text):
+        if default not in ("", False, MISSING) and not (default == 0 and "(default" in text):
             text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+        common = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif isinstance(default, tuple):
-            group.add_argument(flag, type=type(default[0]), nargs=len(default), metavar="N", help=text)
+            group.add_argument(flag, type=type(default[0]), nargs=len(default), metavar="N", **common)
         else:
-            group.add_argument(flag, type=type(default), choices=choices, metavar=None if choices else "X", help=text)
-    parser.set_defaults(run=_pretrain, parser=parser)
-
-    parser = commands.add_parser("export", help="write the encoder of a run as one file", description=EXPORT_HELP)
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a pre-training run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/encoder.safetensors, or .pth")
-    parser.add_argument("--format", choices=["safetensors", "authors"], default="safetensors",
-                        help="authors: their checkpoint file, decoders included (default: %(default)s)")  # fmt: skip
-    parser.set_defaults(run=_export, parser=parser)
+            group.add_argument(flag, type=type(default), choices=choices, metavar=None if choices else "X", **common)
 
 
-def _pretrain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    given = vars(args)
-    own = {item.name: given[item.name] for item in fields(PretrainConfig) if item.name in given}
+def given_settings(args: argparse.Namespace, cls: type[TrainConfig]) -> dict:
+    """The settings that stand on the command line."""
+    return {item.name: getattr(args, item.name) for item in fields(cls) if hasattr(args, item.name)}
+
+
+def load_config(path: Path, cls: type[Config] = PretrainConfig) -> Config:
+    """The settings in a run's run.json. Raises ValueError where it holds none of this kind of run."""
     try:
-        config = PretrainConfig(**PRESETS[args.preset] | own)
-        config.encoder()
-    except ValueError as error:
-        parser.error(str(error))
-
-    from accelerate import PartialState
-
-    from avfusion.runs import RunError
-    from avfusion.train import pretrain
-
-    try:
-        done = pretrain(config, given.get("out", Path("runs") / args.preset), resume=given.get("resume", False))
-    except RunError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    PartialState().destroy_process_group()
-    return 0 if done else 143
+        return cls(**json.loads(path.read_text(encoding="utf-8"))["settings"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the settings that {cls.__name__} has ({error})") from error
 
 
-def _export(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from avfusion.runs import export
-
-    try:
-        path, step = export(args.run_folder, args.out, authors=args.format == "authors")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"{path}: the encoder after step {step}")
-    return 0
-
-
-def load_config(path: Path) -> PretrainConfig:
-    """The settings in a run's run.json. Raises ValueError where it holds none."""
-    try:
-        return PretrainConfig(**json.loads(path.read_text(encoding="utf-8"))["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the settings of a pre-training run ({error})") from error
-
-
-def check_resumable(config: PretrainConfig, path: Path) -> None:
+def check_resumable(config: TrainConfig, path: Path) -> None:
     """Raises ValueError where a run's run.json holds settings that `config` would change under way."""
-    saved = load_config(path)
+    saved = load_config(path, type(config))
     changed = [
         f"{item.name} was {getattr(saved, item.name)!r} and is now {getattr(config, item.name)!r}"
         for item in fields(config)

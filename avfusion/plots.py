@@ -94,15 +94,15 @@ def plot_clip(
     figure.savefig(path)
 
 
-def plot_probes(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
-    """Draw nearest-neighbour accuracies over the epochs: `rows` as in a run's probes.csv."""
+def plot_curve(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
+    """Draw what evaluations of a run have found over its epochs: `rows` as in evaluations.csv."""
     figure = Figure(figsize=(6.4, 4), dpi=110, layout="constrained")
     panel = figure.add_subplot()
-    epochs = [row["epoch"] for row in rows]
-    for name, style in (("image", "-"), ("audio", "-"), ("fusion", "-"), ("joint", "--")):
-        panel.plot(epochs, [100 * row[name] for row in rows], style, marker="o", markersize=3, label=name)
-    panel.axhline(100 * rows[-1]["chance"], color="0.5", linewidth=1, linestyle=":", label="chance")
-    panel.set(xlabel="epoch", ylabel="nearest neighbour has the same label (%)", ylim=(0, None))
+    epochs, names = [row["epoch"] for row in rows], [name for name in rows[-1] if name not in ("step", "epoch")]
+    for name in names:
+        style = {"color": "0.5", "linestyle": ":"} if name == "chance" else {"marker": "o", "markersize": 3}
+        panel.plot(epochs, [row[name] for row in rows], label=name, **style)
+    panel.set(xlabel="epoch")
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
     figure.savefig(path)

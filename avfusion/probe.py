@@ -1,23 +1,16 @@
 """How good features are without training anything on them: the label of the nearest neighbour (the paper's Fig. 3)."""
 
-import csv
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from avfusion.clips import Clip
-from avfusion.data.loader import Batch, ClipLoader, Source
-from avfusion.mae import AVMAE
+from avfusion.data.loader import Batch
 from avfusion.model import DeepAVFusion
 
 CHUNK = 4096  # rows compared at a time
-PICTURED = 4  # clips whose reconstruction is drawn
 
 
 @torch.no_grad()
@@ -94,86 +87,3 @@ def probe(
     if len(labels) < 2:
         raise ValueError(f"{len(labels)} labelled clips: a nearest-neighbour probe needs two or more")
     return {name: leave_one_out_accuracy(x, labels) for name, x in features.items()} | {"chance": chance(labels)}
-
-
-class Selection:
-    """At most `count` clips of a source that have one label, evenly spaced; all its clips where none has."""
-
-    def __init__(self, source: Source, count: int):
-        rows = [replace(row, label=row.labels[0]) if row.label is None and len(row.labels) == 1 else row
-                for row in source.rows]  # fmt: skip
-        labelled = [i for i, row in enumerate(rows) if row.label is not None] or range(len(rows))
-        self.source, self.classes, self.sha256 = source, source.classes, source.sha256
-        self.index = [labelled[i * len(labelled) // count] for i in range(count)] if len(labelled) > count else labelled
-        self.rows = [rows[i] for i in self.index]
-
-    @property
-    def has_labels(self) -> bool:
-        return sum(row.label is not None for row in self.rows) > 1
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.index[index])
-
-    def read(self, index: int, **window) -> Clip:
-        return self.source.read(self.index[index], **window)
-
-
-@dataclass
-class Recorder:
-    """Writes a run's probes.csv and probes.png, a line a probe, and reconstructions/step-*.png."""
-
-    loader: ClipLoader  # over a `Selection`, for evaluation
-    mel: nn.Module
-    dtype: torch.dtype
-    out: Path
-    rows: list[dict[str, float]]  # of the curve so far
-
-    @classmethod
-    def resume(cls, loader: ClipLoader, mel: nn.Module, dtype: torch.dtype, out: Path, step: int) -> "Recorder":
-        """For a run that stands at `step`: lines that are there from later steps are dropped."""
-        path, rows = out / "probes.csv", []
-        if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        return cls(loader, mel, dtype, out, [row for row in rows if row["step"] <= step])
-
-    def write(self, model: AVMAE, step: int, epoch: float, *, main: bool) -> dict[str, float]:
-        """Probe, and draw; every process has to call it. Returns the accuracies by name, none without labels."""
-        probes, training = {}, model.training
-        model.eval()
-        if self.loader.source.has_labels:
-            probes = probe(model.encoder, self.loader, self.mel, self.dtype)
-        if main:
-            from avfusion.plots import plot_probes, plot_reconstructions
-
-            if probes:
-                self.rows = [row for row in self.rows if row["step"] != step]
-                self.rows.append({"step": step, "epoch": epoch} | probes)
-                _write_csv(self.out / "probes.csv", self.rows)
-                plot_probes(self.out / "probes.png", self.rows)
-            (self.out / "reconstructions").mkdir(parents=True, exist_ok=True)
-            plot_reconstructions(self.out / "reconstructions" / f"step-{step:08d}.png", *self._reconstruct(model))
-        model.train(training)
-        return probes
-
-    def _reconstruct(self, model: AVMAE) -> tuple[Tensor, ...]:
-        count, clips = len(self.loader.source.rows), self.loader.clips
-        shown = min(PICTURED, count)
-        batch, *_ = clips.collate([clips[0, i * count // shown] for i in range(shown)])
-        device = model.encoder.fusion_tokens.device
-        image, audio = batch.image.to(device), self.mel(batch.waveform.to(device))
-        generator, grids = (
-            torch.Generator().manual_seed(0),
-            (model.encoder.config.image_grid, model.encoder.config.audio_grid),
-        )
-        noise = [torch.rand(len(image), rows * columns, generator=generator).to(device) for rows, columns in grids]
-        return model.reconstruct(image, audio, *noise)
-
-
-def _write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)

@@ -1,18 +1,21 @@
-"""The folder of a pre-training run: what it was made with, its checkpoints, what it skipped, its export.
+"""The folder of a training run: what it was made with, its checkpoints, what it skipped, its curve, its export.
 
 run.json                        settings, code, data
 checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in the data, generators
 skipped.jsonl                   steps whose loss or gradient was not finite
+evaluations.csv, .png           what evaluations on the way have found
 """
 
+import csv
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
 import torch
@@ -24,24 +27,63 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import avfkernels
 from avfusion.checkpoint import load_encoder, save_encoder
-from avfusion.config import PretrainConfig
 from avfusion.data.loader import ClipLoader, Source
+from avfusion.plots import plot_curve
+
+if TYPE_CHECKING:
+    from avfusion.tasks.task import Task
 
 NAMED = 8  # clips that an error message names
+
+
+@dataclass
+class Curve:
+    """What evaluations on the way have found: RUN/evaluations.csv, a line each, and a picture of it."""
+
+    out: Path
+    rows: list[dict[str, float]]
+
+    @classmethod
+    def resume(cls, out: Path, step: int) -> "Curve":
+        """For a run that stands at `step`: lines that are there from later steps are dropped."""
+        path, rows = out / "evaluations.csv", []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return cls(out, [row for row in rows if row["step"] <= step])
+
+    def add(self, step: int, epoch: float, found: dict[str, float]) -> None:
+        if found:
+            self.rows = [row for row in self.rows if row["step"] != step]
+            self.rows.append({"step": step, "epoch": epoch} | found)
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_csv(self.out / "evaluations.csv", self.rows)
+            plot_curve(self.out / "evaluations.png", self.rows)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows, which all have the keys of the first; the file is there as a whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
 
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message names the step, the clips or the file, and the last good checkpoint."""
 
 
-def write_run(out: Path, config: PretrainConfig, source: Source, processes: int, step: int) -> None:
+def write_run(out: Path, task: "Task", source: Source, processes: int, step: int) -> None:
     """Write run.json: settings, the hash of the list of clips, and what code has run since which step."""
     path = out / "run.json"
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if step else []
     code = {"avfusion": avfkernels.__version__, "git": _git_version(), "torch": torch.__version__,
             "python": platform.python_version()}  # fmt: skip
     facts = {
-        "settings": asdict(config),
+        "task": task.name,
+        "settings": asdict(task.config),
         "data": {"clips": len(source.rows), "sha256": source.sha256},
         "parts": [*parts, {"step": step, "processes": processes, "code": code}],
     }

@@ -1,4 +1,4 @@
-"""Masked audio-visual pre-training: one flat loop, `pretrain`, and the few functions it is made of.
+"""Training: one flat loop, `train`, for pre-training and every downstream task, and the functions it is made of.
 
 What a step computes is a function of the settings and of how many steps came before: order, crops and masks depend on
 (seed, epoch, clip) and neither on processes nor on workers. A run that resumes repeats the undisturbed one bit for bit
@@ -16,7 +16,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
@@ -26,17 +25,21 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import avfkernels
-from avfusion import data
-from avfusion.checkpoint import load_unimodal
-from avfusion.clips import image_transform
-from avfusion.config import PretrainConfig, check_resumable
-from avfusion.data.loader import ClipLoader, Source, random_seed
-from avfusion.features import preprocessing
-from avfusion.mae import AVMAE
-from avfusion.model import Block, DeepAVFusion
-from avfusion.optim import adamw, set_rate
-from avfusion.probe import Recorder, Selection
-from avfusion.runs import NAMED, RunError, latest_checkpoint, load_checkpoint, note_skipped, save_checkpoint, write_run
+from avfusion.config import check_resumable
+from avfusion.data.loader import random_seed
+from avfusion.model import Block
+from avfusion.optim import set_rate
+from avfusion.runs import (
+    NAMED,
+    Curve,
+    RunError,
+    latest_checkpoint,
+    load_checkpoint,
+    note_skipped,
+    save_checkpoint,
+    write_run,
+)
+from avfusion.tasks.task import Task, autocast
 
 # Dense peak in bfloat16, TFLOP/s, by what the device calls itself.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
@@ -61,8 +64,8 @@ SIGTERM = _Sigterm()
 
 
 @SIGTERM
-def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = False) -> bool:
-    """Pre-train an `AVMAE` as `config` says, in the folder `out`; True at its end, False where SIGTERM stopped it.
+def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
+    """Train a task's model as its settings say, in the folder `out`; True at its end, False where SIGTERM stopped it.
 
     Works in one process, and in each of several that torchrun or `accelerate launch` has started. `resume` goes on
     from the last checkpoint in `out`, if there is one.
@@ -72,7 +75,7 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
         RunError: too many steps in a row were not finite; a checkpoint could not be written.
         RuntimeError: too many clips failed.
     """
-    out = Path(out)
+    out, config = Path(out), task.config
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision="no",  # autocast is the loop's own
         log_with=None if config.tracker == "none" else config.tracker,
@@ -90,14 +93,10 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
         raise ValueError(f"batch_size={config.batch_size}: expected a multiple of {ranks} processes "
                          f"x accumulation={config.accumulation}")  # fmt: skip
     with accelerator.main_process_first():
-        source = open_source(config, make=main)
-    transform, mel, window = preprocessing(config.encoder())
-    mel.to(device)
-    common = {"num_workers": config.workers, "rank": accelerator.process_index, "world_size": ranks, **window}
-    loader = ClipLoader(
-        source, part, train=True, seed=config.seed, gain_db=config.gain_db, report=out / "failed.jsonl",
-        transform=image_transform(config.image_size, train=True, crop_min=config.crop_min), **common,
-    )  # fmt: skip
+        source = task.open(make=main)
+    task.mel.to(device)
+    placed = {"rank": accelerator.process_index, "world_size": ranks}
+    loader = task.loader(source, part, train=True, report=out / "failed.jsonl", **placed)
     steps = len(source.rows) // config.batch_size  # of an epoch
     total = steps * config.epochs
 
@@ -111,16 +110,15 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
     # Model
     torch.manual_seed(config.seed)
     with accelerator.main_process_first():  # the first fetches what the others find in the cache
-        model = build(config, weights=not last).to(device)
-    flop = count_flop(config) * config.batch_size
+        model = task.build(weights=not last).to(device)
+    flop = task.flop() * config.batch_size
     torch.manual_seed(random_seed(config.seed, accelerator.process_index))
     sharded = ranks > 1 and (config.fsdp or accelerator.distributed_type == DistributedType.FSDP)
     if config.gradient_checkpointing:
         recompute_blocks(model)
     if sharded:
         shard(model)
-    started = [f"encoder.{name}." for name in ("image", "audio") if getattr(config, f"{name}_weights")]
-    optimizer = adamw(model, weight_decay=config.weight_decay, betas=config.betas, pretrained=started)
+    optimizer = task.optimizer(model)
     if config.compile != "no":
         model.compile(mode=None if config.compile == "default" else config.compile)
     trained = model if sharded else accelerator.prepare_model(model)  # DDP where there are several processes
@@ -129,15 +127,14 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
     if last:
         step, bad = load_checkpoint(last, model, optimizer, loader, accelerator)
     if main:
-        write_run(out, config, source, ranks, step)
+        write_run(out, task, source, ranks, step)
     accelerator.wait_for_everyone()
-    recorder = None
-    if config.probe_clips:
-        chosen = Selection(open_source(config, probes=True), config.probe_clips)
+    evaluating, curve = None, Curve.resume(out, step)
+    if config.eval_clips:
+        chosen = task.open_evaluation()
         if not chosen.has_labels:
-            accelerator.print(f"{config.probe_data or config.data}: no labels, so pictures but no probes")
-        probing = ClipLoader(chosen, part, train=False, transform=transform, **common)
-        recorder = Recorder.resume(probing, mel, dtype, out, step)
+            accelerator.print(f"{config.eval_data or config.data}: no labels")
+        evaluating = task.loader(chosen, part, train=False, **placed)
     save = partial(save_checkpoint, out, model, optimizer, loader, accelerator, config.keep)
     accelerator.init_trackers(
         "tensorboard" if config.tracker == "tensorboard" else "avfusion",
@@ -146,30 +143,41 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
     )
     peak = (config.peak_tflops or _peak(device, dtype)) * 1e12 * ranks
     bar = tqdm(total=total, initial=step, unit="step", disable=not (main and sys.stderr.isatty()))
-    clock, counted = time.perf_counter(), step
 
-    if step == 0 and recorder:
-        recorder.write(whole(model, config, sharded), step, 0.0, main=main)
+    def evaluate(epoch: float) -> None:
+        copy = whole(model, task, sharded)
+        training = copy.training
+        copy.eval()
+        found = task.evaluate(copy, evaluating, dtype).summary
+        if main:
+            curve.add(step, epoch, found)
+            (out / "pictures").mkdir(parents=True, exist_ok=True)
+            task.draw(copy, evaluating, out / "pictures" / f"step-{step:08d}.png")
+        copy.train(training)
+        accelerator.log({f"eval/{name}": value for name, value in found.items()}, step=step)
+
+    if step == 0 and evaluating:
+        evaluate(0.0)
+    clock, counted = time.perf_counter(), step
     for epoch in range(step // steps, config.epochs):
-        batches, sums, good = iter(loader), torch.zeros(2), 0
+        batches, taken = iter(loader), []
         for _ in range(steps - step % steps):
             lr = config.blr * config.batch_size / 256
             lr = set_rate(optimizer, lr, step / steps, config.epochs, config.warmup_epochs)
-            losses, clips = torch.zeros(2, device=device), []
+            losses, clips = 0, []
             for micro in range(config.accumulation):
                 batch = next(batches)
                 clips += batch.index.tolist()
-                noise = mask_noise(config, epoch, batch.index)
-                noise = [x.to(device, non_blocking=True) for x in noise]
-                image, audio = batch.image.to(device, non_blocking=True), mel(batch.waveform.to(device))
+                batch = batch._replace(**{name: x.to(device, non_blocking=True) for name, x in batch._asdict().items()
+                                          if x is not None and name != "index"})  # fmt: skip
                 synchronised = micro == config.accumulation - 1
                 if sharded:
                     model.set_requires_gradient_sync(synchronised)
                 with nullcontext() if synchronised or sharded else accelerator.no_sync(trained):
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        loss_image, loss_audio, *_ = trained(image, audio, *noise, predict=False)
-                    ((loss_image + loss_audio) / config.accumulation).backward()
-                losses += torch.stack([loss_image.detach(), loss_audio.detach()]) / config.accumulation
+                    with autocast(device, dtype):
+                        parts = task.losses(trained, batch, epoch)
+                    (sum(parts.values()) / config.accumulation).backward()
+                losses += torch.stack([loss.detach() for loss in parts.values()]) / config.accumulation
 
             # The one place where the host waits for the device: whether to take the step must be known.
             norm = total_norm(model)
@@ -177,10 +185,12 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
             *losses, norm, stopping = accelerator.reduce(facts, "mean").tolist()
             if all(map(math.isfinite, (*losses, norm))):
                 optimizer.step()
-                bad, good, sums = 0, good + 1, sums + torch.tensor(losses)
+                bad = 0
+                taken.append(losses)
             else:
                 bad += 1
-                values = {"loss_image": losses[0], "loss_audio": losses[1], "gradient_norm": norm}
+                values = {f"loss_{name}": loss for name, loss in zip(parts, losses, strict=True)}
+                values["gradient_norm"] = norm
                 names = note_skipped(out, step, values, source, clips, main=main)
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -199,9 +209,9 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
                          "TFLOP/s": (step - counted) * flop / seconds / 1e12}  # fmt: skip
                 speed |= {"MFU": speed["TFLOP/s"] * 1e12 / peak} if peak else {}
                 counted = step
-                values = {"loss/image": losses[0], "loss/audio": losses[1], "gradient norm": norm, "lr": lr}
-                accelerator.log(values | speed, step=step)
-                bar.set_postfix({"image": f"{losses[0]:.3f}", "audio": f"{losses[1]:.3f}"}
+                values = {f"loss/{name}": loss for name, loss in zip(parts, losses, strict=True)}
+                accelerator.log(values | {"gradient norm": norm, "lr": lr} | speed, step=step)
+                bar.set_postfix({name: f"{loss:.3f}" for name, loss in zip(parts, losses, strict=True)}
                                 | {name: f"{value:.3g}" for name, value in speed.items()}, refresh=False)  # fmt: skip
             bar.update()
             if stopping:
@@ -212,13 +222,13 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike, *, resume: bool = F
             if config.save_steps and step % config.save_steps == 0 and step % steps:
                 save(step, bad)
 
-        if recorder and ((epoch + 1) % config.probe_epochs == 0 or epoch + 1 == config.epochs):
-            probes = recorder.write(whole(model, config, sharded), step, epoch + 1.0, main=main)
-            accelerator.log({f"probe/{name}": value for name, value in probes.items()}, step=step)
+        if evaluating and ((epoch + 1) % config.eval_epochs == 0 or epoch + 1 == config.epochs):
+            evaluate(epoch + 1.0)
             clock, counted = time.perf_counter(), step
         save(step, bad)
-        image, audio = (sums / good).tolist()
-        accelerator.print(f"epoch {epoch + 1}/{config.epochs}: loss image {image:.4f}, audio {audio:.4f}")
+        means = torch.tensor(taken).mean(0).tolist() if taken else [math.nan] * len(parts)
+        text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(parts, means, strict=True))
+        accelerator.print(f"epoch {epoch + 1}/{config.epochs}: loss {text}")
     _finish(accelerator, bar)
     return True
 
@@ -228,33 +238,6 @@ def _finish(accelerator: Accelerator, bar: tqdm) -> None:
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
-
-
-def open_source(config: PretrainConfig, *, make: bool = False, probes: bool = False) -> Source:
-    """The clips to train on, or to probe with; `make` makes synthetic ones where the settings ask for them."""
-    if config.synth_clips and make:
-        from avfusion.synth.command import synthesize
-        from avfusion.synth.scene import Settings
-
-        size = -(-max(config.image_size) * 3 // 4) * 2  # room for crops, and even
-        settings = Settings(clips=config.synth_clips, classes=config.synth_classes, size=size, fps=4)
-        print(f"{config.data}: {config.synth_clips} synthetic clips")
-        synthesize(config.data, settings, workers=os.cpu_count() or 1, progress=sys.stderr.isatty())
-    where = (config.probe_data or config.data) if probes else config.data
-    split = config.probe_split if probes else config.split
-    if config.layout == "shards":
-        return data.Shards(where)
-    return data.read(config.layout, where, None if split == "all" else split)
-
-
-def build(config: PretrainConfig, *, weights: bool = False) -> AVMAE:
-    """The model of a run, freshly initialised; with `weights`, its ViTs start from what the settings name."""
-    encoder = DeepAVFusion(config.encoder())
-    for name in ("image", "audio"):
-        if weights and getattr(config, f"{name}_weights"):
-            load_unimodal(getattr(encoder, name), getattr(config, f"{name}_weights"))
-    names = ("decoder_dim", "decoder_depth", "decoder_num_heads", "image_mask_ratio", "audio_mask_ratio", "norm_loss")
-    return AVMAE(encoder, **{name: getattr(config, name) for name in names})
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -275,47 +258,20 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def whole(model: AVMAE, config: PretrainConfig, sharded: bool) -> AVMAE:
+def whole(model: nn.Module, task: Task, sharded: bool) -> nn.Module:
     """The model with all its weights in this process: itself, or, if sharded, a copy."""
     if not sharded:
         return model
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    copy = build(config).to(next(iter(weights.values())).device)
+    copy = task.build().to(next(iter(weights.values())).device)
     copy.load_state_dict(weights)
     return copy
-
-
-def mask_noise(config: PretrainConfig, epoch: int, index: Tensor) -> list[Tensor]:
-    """What decides the masks of clips `index` [B]: uniform [B, image patches] and [B, audio patches].
-
-    It is a function of (seed, epoch, clip): a counter-based generator is placed there.
-    """
-    encoder = config.encoder()
-    sizes = [rows * columns for rows, columns in (encoder.image_grid, encoder.audio_grid)]
-    rows = [
-        np.random.Generator(np.random.Philox(key=[config.seed, epoch], counter=[0, clip, 0, 0])).random(sum(sizes))
-        for clip in index.tolist()
-    ]
-    return list(torch.from_numpy(np.stack(rows)).split(sizes, dim=1))
 
 
 def total_norm(model: nn.Module) -> Tensor:
     """The 2-norm of all gradients together, over all processes if they are sharded."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def count_flop(config: PretrainConfig) -> int:
-    """FLOP of a training step for one clip, forward and backward, as matrix products; recomputation not counted."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        model = build(config)
-        image, audio = torch.empty(1, 3, *config.image_size), torch.empty(1, 1, *config.audio_size)
-        with FlopCounterMode(display=False) as counter:
-            loss_image, loss_audio, *_ = model(image, audio, predict=False)
-            (loss_image + loss_audio).backward()
-    return counter.get_total_flops()
 
 
 def _peak(device: torch.device, dtype: torch.dtype) -> float:

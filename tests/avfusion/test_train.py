@@ -4,9 +4,11 @@ import csv
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -17,13 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from avfusion import DeepAVFusion, data, load_encoder, runs, train
 from avfusion.cli import main
-from avfusion.config import PRESETS, PretrainConfig, load_config
+from avfusion.config import PretrainConfig, load_config
 from avfusion.data import Row
 from avfusion.optim import adamw, rate, rise, set_rate
-from avfusion.probe import Selection, chance, leave_one_out_accuracy, nearest
+from avfusion.probe import chance, leave_one_out_accuracy, nearest
 from avfusion.runs import RunError, export, latest_checkpoint
 from avfusion.synth.command import synthesize
 from avfusion.synth.scene import Settings
+from avfusion.tasks.command import PRESETS
+from avfusion.tasks.pretrain import Pretrain
+from avfusion.tasks.task import Selection
 
 STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
 
@@ -40,7 +45,7 @@ def config(clips):
     return PretrainConfig(
         data=str(clips), workers=0, dim=32, depth=2, num_heads=2, image_size=(64, 64), audio_size=(32, 64),
         fusion_tokens=2, image_agg_tokens=2, audio_agg_tokens=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2,
-        epochs=3, batch_size=4, warmup_epochs=1, blr=0.1, probe_clips=0, log_steps=1, tracker="none", drop_path=0.2,
+        epochs=3, batch_size=4, warmup_epochs=1, blr=0.1, eval_clips=0, log_steps=1, tracker="none", drop_path=0.2,
     )  # fmt: skip
 
 
@@ -58,7 +63,7 @@ def undisturbed(config, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert train.pretrain(config, out)
+    assert train.train(Pretrain(config), out)
     torch.set_num_threads(threads)
     return out
 
@@ -81,6 +86,10 @@ def at_step(monkeypatch, number, action):
 
 def crash():
     raise Crash
+
+
+def build(config):
+    return Pretrain(config).build()
 
 
 def files(out, step=STEPS):
@@ -107,7 +116,7 @@ def test_a_run_leaves_what_it_was_made_with_and_its_last_checkpoints(config, cli
     assert (part["step"], part["processes"], part["code"]["torch"]) == (0, 1, torch.__version__)
     assert load_config(undisturbed / "run.json") == config
     weights, state = files(undisturbed)
-    fresh = train.build(config).state_dict()
+    fresh = build(config).state_dict()
     assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in fresh.items()}
     assert (state["step"], state["bad"], state["loader"]["epoch"]) == (9, 0, 3)
 
@@ -117,12 +126,12 @@ def test_crashes_at_any_step_and_resuming_give_the_same_bits(config, undisturbed
     for steps in (3, 1, 4):  # the first epoch's end, twice the same step, the middle of an epoch
         at_step(monkeypatch, steps, crash)
         with pytest.raises(Crash):
-            train.pretrain(config, out, resume=True)
+            train.train(Pretrain(config), out, resume=True)
         torch.rand(7)  # whatever else draws
     monkeypatch.undo()
-    assert train.pretrain(config, out, resume=True)
+    assert train.train(Pretrain(config), out, resume=True)
     assert_same_run(undisturbed, out)
-    assert train.pretrain(config, out, resume=True)  # finished: nothing to do
+    assert train.train(Pretrain(config), out, resume=True)  # finished: nothing to do
     assert_same_run(undisturbed, out)
 
 
@@ -149,6 +158,22 @@ def test_killed_while_it_computes_and_resumed_by_the_command_line(config, undist
     assert_same_run(undisturbed, out)
 
 
+@pytest.mark.slow
+def test_twenty_random_kills_change_no_bit(config, undisturbed, tmp_path):
+    config, out, rng = replace(config, save_steps=1), tmp_path / "run", random.Random(0)
+    line = [sys.executable, "-m", "avfusion", *command(config, "--out", out, "--resume")]
+    for kill in range(20):
+        wanted = f"step-{min(1 + kill // 3, STEPS - 1):08d}"
+        with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+            while process.poll() is None and (latest_checkpoint(out) or out).name < wanted:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.2))  # anywhere in a step or a save
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, kill
+    assert main(command(config, "--out", out, "--resume")) == 0
+    assert_same_run(undisturbed, out)
+
+
 def test_sigterm_saves_and_ends_and_the_run_goes_on(config, undisturbed, tmp_path, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     for step in (2, 1):  # within an epoch, and in its last step
@@ -157,7 +182,7 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(config, undisturbed, tmp_pat
     assert latest_checkpoint(tmp_path / "run").name == "step-00000003"
     assert signal.getsignal(signal.SIGTERM) is handler
     monkeypatch.undo()
-    assert train.pretrain(config, tmp_path / "run", resume=True)
+    assert train.train(Pretrain(config), tmp_path / "run", resume=True)
     assert_same_run(undisturbed, tmp_path / "run")
 
 
@@ -177,7 +202,7 @@ def poison(monkeypatch, name, clips):
 def test_a_step_that_is_not_finite_is_skipped_and_its_clips_are_listed(config, clips, tmp_path, monkeypatch):
     row = data.read("vggsound", clips, "train").rows[0]
     poison(monkeypatch, {row.id}, clips)
-    assert train.pretrain(config, tmp_path / "run")
+    assert train.train(Pretrain(config), tmp_path / "run")
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert len(skipped) == 3  # an epoch each
     for line in skipped:
@@ -193,7 +218,7 @@ def test_a_few_in_a_row_end_the_run_with_step_clips_and_checkpoint(config, clips
     out = tmp_path / "run"
     at_step(monkeypatch, 4, crash)
     with pytest.raises(Crash):
-        train.pretrain(config, out)
+        train.train(Pretrain(config), out)
     monkeypatch.undo()
     poison(monkeypatch, {row.id for row in data.read("vggsound", clips, "train").rows}, clips)
     with pytest.raises(SystemExit) as ended:
@@ -219,20 +244,20 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(config, undisturb
     with pytest.raises(
         RunError, match=r"step-00000006: cannot be written .*No space.* last good .*step-00000003\. Make"
     ):
-        train.pretrain(config, out)
+        train.train(Pretrain(config), out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003"]
     monkeypatch.undo()
-    assert train.pretrain(config, out, resume=True)
+    assert train.train(Pretrain(config), out, resume=True)
     assert_same_run(undisturbed, out)
 
 
 def test_what_would_change_a_run_is_refused(config, clips, undisturbed, tmp_path):
     with pytest.raises(ValueError, match="holds a run already; add --resume"):
-        train.pretrain(config, undisturbed)
-    with pytest.raises(ValueError, match=r"dim was 32 and is now 48; blr was 0\.1 and is now 0\.2"):
-        train.pretrain(replace(config, dim=48, blr=0.2), undisturbed, resume=True)
+        train.train(Pretrain(config), undisturbed)
+    with pytest.raises(ValueError, match=r"blr was 0\.1 and is now 0\.2; dim was 32 and is now 48"):
+        train.train(Pretrain(replace(config, dim=48, blr=0.2)), undisturbed, resume=True)
     with pytest.raises(ValueError, match=r"the state is of sha256 .* its order is another"):
-        train.pretrain(replace(config, data=str(_fewer(clips, tmp_path))), undisturbed, resume=True)
+        train.train(Pretrain(replace(config, data=str(_fewer(clips, tmp_path)))), undisturbed, resume=True)
 
 
 def _fewer(clips, tmp_path):
@@ -261,7 +286,7 @@ def _fewer(clips, tmp_path):
 )
 def test_settings_that_cannot_be_run_are_named(config, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.pretrain(replace(config, **changes), tmp_path / "run")
+        train.train(Pretrain(replace(config, **changes)), tmp_path / "run")
     assert latest_checkpoint(tmp_path / "run") is None
 
 
@@ -283,22 +308,22 @@ def test_a_damaged_checkpoint_is_named(config, undisturbed, tmp_path):
     (tmp_path / "run" / "run.json").write_text((undisturbed / "run.json").read_text())
     (folder / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"step-00000003: cannot be resumed .*remove it"):
-        train.pretrain(config, tmp_path / "run", resume=True)
+        train.train(Pretrain(config), tmp_path / "run", resume=True)
 
 
 def test_probes_pictures_and_log(config, tmp_path):
     out = tmp_path / "run"
-    wanted = replace(config, epochs=1, probe_clips=9, probe_split="all", probe_epochs=1, tracker="tensorboard")
-    assert train.pretrain(wanted, out)
-    with open(out / "probes.csv", newline="") as file:
+    wanted = replace(config, epochs=1, eval_clips=9, eval_split="all", eval_epochs=1, tracker="tensorboard")
+    assert train.train(Pretrain(wanted), out)
+    with open(out / "evaluations.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["epoch"]) for row in rows] == [("0", "0.0"), ("3", "1.0")]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("image", "audio", "fusion", "joint", "chance"))
-    for picture in ("probes.png", "reconstructions/step-00000000.png", "reconstructions/step-00000003.png"):
+    for picture in ("evaluations.png", "pictures/step-00000000.png", "pictures/step-00000003.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     log = scalars(out)
     assert [event.step for event in log["loss/image"]] == [1, 2, 3]
-    assert {"loss/audio", "gradient norm", "lr", "clips/s", "TFLOP/s", "probe/fusion"} <= log.keys()
+    assert {"loss/audio", "gradient norm", "lr", "clips/s", "TFLOP/s", "eval/fusion"} <= log.keys()
 
 
 def scalars(out):
@@ -307,26 +332,26 @@ def scalars(out):
 
 
 def test_probing_changes_nothing(config, undisturbed, tmp_path):
-    assert train.pretrain(replace(config, probe_clips=3, probe_epochs=2), tmp_path / "run")
+    assert train.train(Pretrain(replace(config, eval_clips=3, eval_epochs=2)), tmp_path / "run")
     assert_same_run(undisturbed, tmp_path / "run")
 
 
 def test_accumulation_and_checkpointing_change_rounding_only(config, tmp_path):
     config, losses = replace(config, drop_path=0.0, epochs=1), []
     for name, changes in {"plain": {}, "other": {"accumulation": 2, "gradient_checkpointing": True}}.items():
-        assert train.pretrain(replace(config, **changes), tmp_path / name)
+        assert train.train(Pretrain(replace(config, **changes)), tmp_path / name)
         losses.append(final_losses(config, tmp_path / name, 3))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def final_losses(config, out, step=STEPS):
     """What the last weights make of a fixed batch. Weights that do not matter, key biases, are noise in AdamW."""
-    model = train.build(config).eval()
+    model = build(config).eval()
     model.load_state_dict(files(out, step)[0])
     g = torch.Generator().manual_seed(0)
     batch = (torch.randn(4, 3, 64, 64, generator=g), torch.randn(4, 1, 32, 64, generator=g))
     with torch.no_grad():
-        return [loss.item() for loss in model(*batch, *train.mask_noise(config, 0, torch.arange(4)))[:2]]
+        return [loss.item() for loss in model(*batch, *Pretrain(config).mask_noise(0, torch.arange(4)))[:2]]
 
 
 WORK = """
@@ -335,26 +360,27 @@ from pathlib import Path
 import torch
 from avfusion import train
 from avfusion.config import PretrainConfig
+from avfusion.tasks.pretrain import Pretrain
 
 torch.set_num_threads(1)
 for job in json.loads(Path(sys.argv[1]).read_text()):
-    seen, noise = [], train.mask_noise
-    train.mask_noise = lambda config, epoch, index: seen.append(index.tolist()) or noise(config, epoch, index)
-    assert train.pretrain(PretrainConfig(**job["config"]), job["out"], resume=True)
-    train.mask_noise = noise
+    seen, noise = [], Pretrain.mask_noise
+    Pretrain.mask_noise = lambda task, epoch, index: seen.append(index.tolist()) or noise(task, epoch, index)
+    assert train.train(Pretrain(PretrainConfig(**job["config"])), job["out"], resume=True)
+    Pretrain.mask_noise = noise
     Path(job["out"], f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
 """
 
 
 def test_two_processes_equal_one_and_ddp_fsdp_and_one_two_one_keep_the_order(config, tmp_path, monkeypatch):
-    config = replace(config, drop_path=0.0, tracker="tensorboard", probe_clips=3, probe_epochs=3)
-    seen, noise = [], train.mask_noise
-    monkeypatch.setattr(train, "mask_noise", lambda c, e, index: seen.append(index.tolist()) or noise(c, e, index))
-    assert train.pretrain(replace(config, accumulation=2), tmp_path / "one")
+    config = replace(config, drop_path=0.0, tracker="tensorboard", eval_clips=3, eval_epochs=3)
+    seen, noise = [], Pretrain.mask_noise
+    monkeypatch.setattr(Pretrain, "mask_noise", lambda t, e, index: seen.append(index.tolist()) or noise(t, e, index))
+    assert train.train(Pretrain(replace(config, accumulation=2)), tmp_path / "one")
     steps = [sorted(a + b) for a, b in zip(seen[::2], seen[1::2], strict=True)]
     at_step(monkeypatch, 5, crash)
     with pytest.raises(Crash):
-        train.pretrain(replace(config, save_steps=2, tracker="none"), tmp_path / "mixed")
+        train.train(Pretrain(replace(config, save_steps=2, tracker="none")), tmp_path / "mixed")
 
     jobs = [
         {"out": str(tmp_path / "ddp"), "config": asdict(config)},
@@ -377,7 +403,7 @@ def test_two_processes_equal_one_and_ddp_fsdp_and_one_two_one_keep_the_order(con
             for ours, theirs in zip(got[tag], expected[tag], strict=True):
                 assert ours.value == pytest.approx(theirs.value, rel=1e-5), (name, tag, ours.step)
         assert final_losses(config, tmp_path / name) == pytest.approx(losses, rel=1e-5)
-        assert (tmp_path / name / "probes.csv").read_text() != ""
+        assert (tmp_path / name / "evaluations.csv").read_text() != ""
         assert _together(tmp_path / name) == steps
     assert _together(tmp_path / "mixed") == steps[4:]
     assert final_losses(config, tmp_path / "mixed") == pytest.approx(losses, rel=1e-5)
@@ -419,7 +445,7 @@ def test_export_errors(undisturbed, tmp_path):
 def test_rates_follow_the_papers_schedule():
     assert [rate(epoch, 200, 40) for epoch in (0, 20, 40, 120, 200)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert [rise(epoch, 200) for epoch in (0, 50, 100, 200)] == pytest.approx([0, 0.5, 1, 1])
-    model = train.build(PretrainConfig(data="x", dim=32, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1))
+    model = build(PretrainConfig(data="x", dim=32, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1))
     optimizer = adamw(model, weight_decay=0.05, betas=(0.9, 0.95), pretrained=["encoder.image."])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert set_rate(optimizer, 1.0, 50, 200, 40) == pytest.approx(rate(50, 200, 40))
@@ -440,7 +466,7 @@ def test_pretrained_vits_start_the_run_at_rate_zero(config, tmp_path, monkeypatc
     monkeypatch.setattr(train, "set_rate", lambda opt, *a: rates.append(
         (set_rate(opt, *a), *(g["lr"] for g in opt.param_groups if g["pretrained"]))) or rates[-1][0])  # fmt: skip
     wanted = replace(config, epochs=1, warmup_epochs=0, image_weights=str(tmp_path / "mae.pth"))
-    assert train.pretrain(wanted, tmp_path / "run")
+    assert train.train(Pretrain(wanted), tmp_path / "run")
     assert [row[1] for row in rates] == pytest.approx([row[0] * rise(i / 3, 1) for i, row in enumerate(rates)])
     assert rates[0][1] == 0 < rates[0][0]
     weight = files(tmp_path / "run", 3)[0]["encoder.image.blocks.0.attn.qkv.weight"]
@@ -449,15 +475,15 @@ def test_pretrained_vits_start_the_run_at_rate_zero(config, tmp_path, monkeypatc
 
 
 def test_masks_are_a_function_of_seed_epoch_and_clip(config):
-    image, audio = train.mask_noise(config, 3, torch.tensor([5, 2, 9]))
+    image, audio = Pretrain(config).mask_noise(3, torch.tensor([5, 2, 9]))
     assert image.shape == (3, 16)
     assert audio.shape == (3, 8)
-    again = train.mask_noise(config, 3, torch.tensor([2]))
+    again = Pretrain(config).mask_noise(3, torch.tensor([2]))
     assert torch.equal(again[0][0], image[1])
     assert torch.equal(again[1][0], audio[1])
     others = [(config, 4, [2]), (config, 3, [3]), (replace(config, seed=1), 3, [2])]
-    assert not any(torch.equal(train.mask_noise(c, e, torch.tensor(i))[0], again[0]) for c, e, i in others)
-    many = train.mask_noise(config, 0, torch.arange(2000))[0]
+    assert not any(torch.equal(Pretrain(c).mask_noise(e, torch.tensor(i))[0], again[0]) for c, e, i in others)
+    many = Pretrain(config).mask_noise(0, torch.arange(2000))[0]
     assert abs(many.mean().item() - 0.5) < 0.01
 
 

@@ -1,0 +1,164 @@
+"""What a task is to the training loop: data, a model, losses, an evaluation."""
+
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from avfusion import data
+from avfusion.clips import Clip, image_transform
+from avfusion.config import TrainConfig
+from avfusion.data.loader import Batch, ClipLoader, Source
+from avfusion.features import preprocessing
+from avfusion.model import EncoderConfig
+
+
+@dataclass
+class Result:
+    """What an evaluation finds."""
+
+    summary: dict[str, float]  # by name; a curve over the run is drawn of them
+    samples: list[dict[str, Any]] = field(default_factory=list)  # a row a clip, in the order of the data set
+
+
+class Task(ABC):
+    """Made of its settings. A subclass says what `train` and `evaluate` need to know."""
+
+    name: str
+    encoder_config: EncoderConfig
+
+    def __init__(self, config: TrainConfig, encoder_config: EncoderConfig):
+        self.config, self.encoder_config = config, encoder_config
+        self.transform, self.mel, self.window = preprocessing(encoder_config)
+
+    @abstractmethod
+    def build(self, *, weights: bool = False) -> nn.Module:
+        """The model, freshly initialised, with its encoder as `.encoder`; `weights`: it starts from pre-trained ones.
+
+        model(image, audio) returns one tensor or several.
+        """
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """With groups for `set_rate`."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """Scalars by name; their sum is minimised. `batch` and `model` are on the device; `model` may be wrapped."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, loader: ClipLoader, dtype: torch.dtype) -> Result:
+        """Every process evaluates its own batches, and gets the result of all. The model is in evaluation mode."""
+
+    def draw(self, model: nn.Module, loader: ClipLoader, path: Path) -> None:  # noqa: B027  not every task draws
+        """Draw a few clips of an evaluation to a PNG file."""
+
+    def open(self, *, make: bool = False) -> Source:
+        """The clips to train on; `make` makes synthetic ones where the settings ask for them."""
+        config = self.config
+        if config.synth_clips and make:
+            from avfusion.synth.command import synthesize
+            from avfusion.synth.scene import Settings
+
+            size = -(-max(self.encoder_config.image_size) * 3 // 4) * 2  # room for crops, and even
+            settings = Settings(layout=config.layout, clips=config.synth_clips, classes=config.synth_classes, size=size,
+                                fps=4)  # fmt: skip
+            print(f"{config.data}: {config.synth_clips} synthetic clips")
+            synthesize(config.data, settings, workers=os.cpu_count() or 1, progress=sys.stderr.isatty())
+        return self.read(config.data, config.split)
+
+    def open_evaluation(self) -> "Selection":
+        """The clips to evaluate on."""
+        config = self.config
+        return Selection(self.read(config.eval_data or config.data, config.eval_split), config.eval_clips)
+
+    def read(self, where: str, split: str) -> Source:
+        if self.config.layout == "shards":
+            return data.Shards(where)
+        return data.read(self.config.layout, where, None if split == "all" else split)
+
+    def loader(self, source: Source, batch_size: int, *, train: bool, **options) -> ClipLoader:
+        transform = self.transform
+        if train:
+            transform = self.train_transform()
+            options = {"seed": self.config.seed, "gain_db": self.config.gain_db} | options
+        return ClipLoader(source, batch_size, train=train, transform=transform, num_workers=self.config.workers,
+                          **self.window, **options)  # fmt: skip
+
+    def train_transform(self):
+        return image_transform(self.encoder_config.image_size, train=True, crop_min=self.config.crop_min)
+
+    def flop(self) -> int:
+        """FLOP of a training step for one clip, forward and backward, as matrix products; recomputation not counted."""
+        clips, size = 2, self.encoder_config  # batch norms need two
+        with torch.device("meta"):
+            model = self.build()
+            image, audio = torch.empty(clips, 3, *size.image_size), torch.empty(clips, 1, *size.audio_size)
+            with FlopCounterMode(display=False) as counter:
+                out = self.outputs(model, image, audio)
+                torch.stack([x.sum() for x in ([out] if isinstance(out, Tensor) else out)]).sum().backward()
+        return counter.get_total_flops() // clips
+
+    def outputs(self, model: nn.Module, image: Tensor, audio: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return model(image, audio)
+
+    def inputs(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Image and spectrogram on a device."""
+        return batch.image.to(device, non_blocking=True), self.mel.to(device)(batch.waveform.to(device))
+
+
+class Selection:
+    """At most `count` clips of a source that have one label, evenly spaced; all its clips where none has."""
+
+    def __init__(self, source: Source, count: int):
+        rows = [replace(row, label=row.labels[0]) if row.label is None and len(row.labels) == 1 else row
+                for row in source.rows]  # fmt: skip
+        labelled = [i for i, row in enumerate(rows) if row.label is not None] or range(len(rows))
+        self.source, self.classes, self.sha256 = source, source.classes, source.sha256
+        self.index = [labelled[i * len(labelled) // count] for i in range(count)] if len(labelled) > count else labelled
+        self.rows = [rows[i] for i in self.index]
+
+    @property
+    def has_labels(self) -> bool:
+        return sum(row.label is not None for row in self.rows) > 1
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.index[index])
+
+    def read(self, index: int, **window) -> Clip:
+        return self.source.read(self.index[index], **window)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def gathered(rows: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Join what all processes found: tuples (index [B], x [B, ...], ...) -> one of all clips, in order of the index."""
+    rows = gather_object([tuple(x.cpu() for x in row) for row in rows])
+    if not rows:
+        raise ValueError("no clip could be evaluated")
+    columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+    order = columns[0].argsort()
+    return [column[order] for column in columns]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def clips_of(loader: ClipLoader, index: Iterable[int]) -> Iterator[Batch]:
+    """Single clips of a loader for evaluation, by their row; those that cannot be read are left out."""
+    for i in index:
+        batch, *_ = loader.clips.collate([loader.clips[0, i]])
+        if batch is not None:
+            yield batch
