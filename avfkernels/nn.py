@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from avfkernels._backends import materialises
 from avfkernels._math import masked_softmax
@@ -174,17 +175,27 @@ class LatentCrossAttention(_Attention):
             out = attend(q, k, v)
             weights = _softmax_weights(q, k, self.scale) if return_attention else None
         else:
-            # k_n = W_k x_n + b_k: q . b_k is the same for every n and leaves the softmax; W_k^T q meets x itself.
-            # v_n = W_v x_n + b_v: the weights sum to 1, so W_v and b_v act once, on the attended mean of x.
-            w_k, w_v = self.kv.weight.unflatten(0, (2, self.num_heads, -1)).unbind(0)  # [H, d, D]
-            q = torch.einsum("bhmd,hde->bhme", q, w_k)  # [B, H, m, D]
-            context = latent_attention(q.flatten(1, 2), x, scale=self.scale).view_as(q)
-            out = torch.einsum("bhme,hde->bhmd", context, w_v)
-            if self.kv.bias is not None:
-                out = out + self.kv.bias.unflatten(0, (2, self.num_heads, 1, -1))[1]
-            weights = _softmax_weights(q, x.unsqueeze(1), self.scale) if return_attention else None
+            if torch.is_grad_enabled():  # computed again for its gradient: cheaper than to keep what is [B, H, m, D]
+                out = checkpoint(self._absorbed, q, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out = self._absorbed(q, x)
+            weights = _softmax_weights(self._absorb(q), x.unsqueeze(1), self.scale) if return_attention else None
         out = self.project(out)
         return (out, weights) if return_attention else out
+
+    def _absorb(self, q):
+        # k_n = W_k x_n + b_k: q . b_k is the same for every n and leaves the softmax; W_k^T q meets x itself.
+        w_k = self.kv.weight.unflatten(0, (2, self.num_heads, -1))[0]  # [H, d, D]
+        return torch.einsum("bhmd,hde->bhme", q, w_k)
+
+    def _absorbed(self, q, x):
+        # v_n = W_v x_n + b_v: the weights sum to 1, so W_v and b_v act once, on the attended mean of x.
+        q, w_v = self._absorb(q), self.kv.weight.unflatten(0, (2, self.num_heads, -1))[1]
+        context = latent_attention(q.flatten(1, 2), x, scale=self.scale).view_as(q)
+        out = torch.einsum("bhme,hde->bhmd", context, w_v)
+        if self.kv.bias is not None:
+            out = out + self.kv.bias.unflatten(0, (2, self.num_heads, 1, -1))[1]
+        return out
 
 
 class FactorizedAttention(_Attention):

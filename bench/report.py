@@ -80,10 +80,13 @@ COLUMNS = {
     "videos/s": lambda row: _number(row["per_second"]),
     "time": lambda row: _time(row["seconds"]["median"]),
     "time ratio (p20 – p80)": lambda row: _spread(row["time_ratio"]),
+    "speed-up": lambda row: f"**{_ratio(row['speed_up'])}**",
     "floor": lambda row: f"{row['flop_ratio']:.3f} ×",
     "GFLOP/video": lambda row: f"{row['flop'] / 1e9:.1f}",
     "peak memory, MiB": lambda row: _number(row["peak_memory"] / MIB),
     "memory ratio": lambda row: f"**{_ratio(row['memory_ratio'])}**",
+    "saved, MiB": lambda row: _number(row["saved"] / MIB),
+    "saved ratio": lambda row: f"**{_ratio(row['saved_ratio'])}**",
     "paper: videos/s": lambda row: f"{row['paper']['per_second']} ({_ratio(row['paper']['time_ratio'])})",
     "paper: memory": lambda row: f"{row['paper']['memory_gb']} GB ({_ratio(row['paper']['memory_ratio'])})",
     "forward": lambda row: _time(row["forward"]["seconds"]["median"]),
@@ -110,7 +113,11 @@ def _cell(show: Callable[[dict], str], row: dict) -> str:
 def table(rows: list[dict]) -> str:
     """A Markdown table, padded so that it also reads well as plain text."""
     columns = [[heading, *(_cell(show, row) for row in rows)] for heading, show in COLUMNS.items()]
-    columns = [column for column in columns if any(column[1:])]
+    return aligned([column for column in columns if any(column[1:])])
+
+
+def aligned(columns: list[list[str]]) -> str:
+    """Columns, each a heading and its cells, as a Markdown table."""
     widths = [max(3, *map(len, column)) for column in columns]
     lines = [
         "| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(line)) + " |"
