@@ -24,8 +24,9 @@ _NAMES = {
 # Import name -> package of the extra `train`.
 _REQUIRES = {"accelerate": "accelerate", "av": "av", "defusedxml": "defusedxml", "einops": "einops",
              "filelock": "filelock", "matplotlib": "matplotlib", "safetensors": "safetensors",
-             "soundfile": "soundfile", "tensorboard": "tensorboard", "timm": "timm", "torchaudio": "torchaudio",
-             "torchvision": "torchvision", "tqdm": "tqdm", "webdataset": "webdataset"}  # fmt: skip
+             "sklearn": "scikit-learn", "soundfile": "soundfile", "tensorboard": "tensorboard", "timm": "timm",
+             "torchaudio": "torchaudio", "torchvision": "torchvision", "tqdm": "tqdm",
+             "webdataset": "webdataset"}  # fmt: skip
 
 _missing = [package for module, package in _REQUIRES.items() if find_spec(module) is None]
 if _missing:

@@ -10,6 +10,7 @@ from avfusion.data import command as shard
 from avfusion.data.table import VIDEO_SUFFIXES, find_videos
 from avfusion.synth import command as synth
 from avfusion.tasks import command as pretrain
+from avfusion.tasks import downstream_command as downstream
 
 if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
     from avfusion.features import Features
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     shard.add_parser(commands)
     _add_browse(commands)
     pretrain.add_parser(commands)
+    downstream.add_parsers(commands)
     args = parser.parse_args(argv)
     return args.run(args, args.parser)
 

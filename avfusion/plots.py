@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from PIL import Image
 from torch import Tensor
 
 from avfusion.clips import IMAGENET_MEAN, IMAGENET_STD, Clip
@@ -105,6 +107,53 @@ def plot_curve(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
     panel.set(xlabel="epoch")
     panel.grid(alpha=0.3)
     panel.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
+    figure.savefig(path)
+
+
+def plot_clips(
+    path: str | os.PathLike,
+    image: Tensor,
+    audio: Tensor,
+    titles: Sequence[str],
+    maps: dict[str, Tensor] | None = None,
+    sounds: dict[str, Tensor] | None = None,
+) -> None:
+    """Draw a row a clip: frame, spectrogram, `maps` [B, h, w] over the frame, and more spectrograms `sounds`.
+
+    image [B, 3, H, W] and audio [B, 1, mels, frames] are inputs of the model; `sounds` [B, mels, frames] are log10 of
+    power like it.
+    """
+    maps, sounds = maps or {}, {"sound": audio[:, 0]} | (sounds or {})
+    width = audio.shape[-1] / audio.shape[-2]
+    widths = [1] * (1 + len(maps)) + [width] * len(sounds)
+    figure = Figure(figsize=(1.9 * sum(widths), 2.3 * len(image)), dpi=110, layout="constrained")
+    rows = figure.subplots(len(image), len(widths), squeeze=False, width_ratios=widths)
+    deviation, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
+    for clip, (panels, title) in enumerate(zip(rows, titles, strict=True)):
+        frame = (image[clip].float().cpu() * deviation + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+        top = 10 * audio[clip].max().item()
+        panels[0].imshow(frame)
+        _bare(panels[0], title)
+        for panel, (name, values) in zip(panels[1:], maps.items(), strict=False):
+            panel.imshow(frame)
+            panel.imshow(values[clip].float().cpu().numpy(), cmap="inferno", alpha=0.55, interpolation="bilinear",
+                         extent=(-0.5, frame.shape[1] - 0.5, frame.shape[0] - 0.5, -0.5))  # fmt: skip
+            _bare(panel, name if clip == 0 else "")
+        for panel, (name, values) in zip(panels[1 + len(maps) :], sounds.items(), strict=True):
+            decibels = 10 * values[clip].float().cpu().numpy()
+            panel.imshow(decibels, cmap=SPECTROGRAM, vmin=top - 80, vmax=top, origin="lower", aspect="auto")
+            _bare(panel, name if clip == 0 else "")
+    figure.savefig(path)
+
+
+def plot_overlay(path: str | os.PathLike, frame: Image.Image, values: Tensor) -> None:
+    """Draw a map [rows, columns] over the whole of a frame."""
+    figure = Figure(figsize=(4.8 * frame.width / frame.height, 4.8), dpi=110)
+    panel = figure.add_axes((0, 0, 1, 1))
+    panel.imshow(frame)
+    panel.imshow(values.float().cpu().numpy(), cmap=ATTENTION, alpha=0.5, interpolation="bilinear",
+                 extent=(-0.5, frame.width - 0.5, frame.height - 0.5, -0.5))  # fmt: skip
+    panel.set_axis_off()
     figure.savefig(path)
 
 

@@ -84,7 +84,7 @@ def write_run(out: Path, task: "Task", source: Source, processes: int, step: int
     facts = {
         "task": task.name,
         "settings": asdict(task.config),
-        "data": {"clips": len(source.rows), "sha256": source.sha256},
+        "data": {"clips": len(source.rows), "sha256": source.sha256, "classes": list(source.classes)},
         "parts": [*parts, {"step": step, "processes": processes, "code": code}],
     }
     out.mkdir(parents=True, exist_ok=True)

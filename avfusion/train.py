@@ -39,7 +39,7 @@ from avfusion.runs import (
     save_checkpoint,
     write_run,
 )
-from avfusion.tasks.task import Task, autocast
+from avfusion.tasks.task import Task, autocast, spread
 
 # Dense peak in bfloat16, TFLOP/s, by what the device calls itself.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
@@ -152,7 +152,7 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
         if main:
             curve.add(step, epoch, found)
             (out / "pictures").mkdir(parents=True, exist_ok=True)
-            task.draw(copy, evaluating, out / "pictures" / f"step-{step:08d}.png")
+            task.draw(copy, evaluating, spread(len(evaluating.source.rows)), out / "pictures" / f"step-{step:08d}.png")
         copy.train(training)
         accelerator.log({f"eval/{name}": value for name, value in found.items()}, step=step)
 

@@ -14,9 +14,7 @@ from avfusion.model import DeepAVFusion
 from avfusion.optim import adamw
 from avfusion.plots import plot_reconstructions
 from avfusion.probe import probe
-from avfusion.tasks.task import Result, Task
-
-PICTURED = 4  # clips whose reconstruction is drawn
+from avfusion.tasks.task import Result, Task, clips_of
 
 
 class Pretrain(Task):
@@ -65,11 +63,9 @@ class Pretrain(Task):
         """Leave-one-out nearest neighbours of labelled clips (the paper's Fig. 3); nothing where none has a label."""
         return Result(probe(model.encoder, loader, self.mel, dtype) if loader.source.has_labels else {})
 
-    def draw(self, model: AVMAE, loader: ClipLoader, path: Path) -> None:
+    def draw(self, model: AVMAE, loader: ClipLoader, rows: list[int], path: Path) -> None:
         """Input, masked and reconstructed frames and spectrograms."""
-        count = len(loader.source.rows)
-        shown = min(PICTURED, count)
-        batch, *_ = loader.clips.collate([loader.clips[0, i * count // shown] for i in range(shown)])
+        batch = clips_of(loader, rows)
         image, audio = self.inputs(batch, model.encoder.fusion_tokens.device)
         generator = torch.Generator().manual_seed(0)
         noise = (

@@ -3,7 +3,7 @@
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 from avfusion import data
-from avfusion.clips import Clip, image_transform
+from avfusion.clips import IMAGENET_MEAN, IMAGENET_STD, Clip, image_transform
 from avfusion.config import TrainConfig
 from avfusion.data.loader import Batch, ClipLoader, Source
 from avfusion.features import preprocessing
@@ -26,7 +27,8 @@ class Result:
     """What an evaluation finds."""
 
     summary: dict[str, float]  # by name; a curve over the run is drawn of them
-    samples: list[dict[str, Any]] = field(default_factory=list)  # a row a clip, in the order of the data set
+    # A row a clip, in the order of the data set: "row" in the source, "clip", "score" (the best is highest), and more.
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Task(ABC):
@@ -58,8 +60,9 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, loader: ClipLoader, dtype: torch.dtype) -> Result:
         """Every process evaluates its own batches, and gets the result of all. The model is in evaluation mode."""
 
-    def draw(self, model: nn.Module, loader: ClipLoader, path: Path) -> None:  # noqa: B027  not every task draws
-        """Draw a few clips of an evaluation to a PNG file."""
+    @abstractmethod
+    def draw(self, model: nn.Module, loader: ClipLoader, rows: list[int], path: Path) -> None:
+        """Draw some clips of an evaluation, by their rows in the source, to a PNG file."""
 
     def open(self, *, make: bool = False) -> Source:
         """The clips to train on; `make` makes synthetic ones where the settings ask for them."""
@@ -137,6 +140,13 @@ class Selection:
         return self.source.read(self.index[index], **window)
 
 
+def whole_frame(size: tuple[int, int]) -> v2.Transform:
+    """`image_transform` without cropping: the whole frame, squeezed to `size`; for what is placed in the picture."""
+    normalize = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return v2.Compose([v2.Resize(size, antialias=True), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize,
+                       v2.ToPureTensor()])  # fmt: skip
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -156,9 +166,18 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def clips_of(loader: ClipLoader, index: Iterable[int]) -> Iterator[Batch]:
-    """Single clips of a loader for evaluation, by their row; those that cannot be read are left out."""
-    for i in index:
-        batch, *_ = loader.clips.collate([loader.clips[0, i]])
-        if batch is not None:
-            yield batch
+def clips_of(loader: ClipLoader, rows: Iterable[int]) -> Batch:
+    """Some clips of a loader for evaluation, by their rows; those that cannot be read are left out.
+
+    Raises ValueError where none can be read.
+    """
+    batch, errors, _ = loader.clips.collate([loader.clips[0, row] for row in rows])
+    if batch is None:
+        raise ValueError(f"none of the clips to draw can be read, for instance: {errors[0] if errors else 'no clips'}")
+    return batch
+
+
+def spread(count: int, wanted: int = 4) -> list[int]:
+    """`wanted` rows of `count`, evenly spaced; all, if there are fewer."""
+    wanted = min(wanted, count)
+    return [i * count // wanted for i in range(wanted)]

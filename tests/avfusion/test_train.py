@@ -111,7 +111,8 @@ def assert_same_run(a, b):
 def test_a_run_leaves_what_it_was_made_with_and_its_last_checkpoints(config, clips, undisturbed):
     assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
     facts = json.loads((undisturbed / "run.json").read_text())
-    assert facts["data"] == {"clips": 12, "sha256": data.read("vggsound", clips, "train").sha256}
+    table = data.read("vggsound", clips, "train")
+    assert facts["data"] == {"clips": 12, "sha256": table.sha256, "classes": list(table.classes)}
     (part,) = facts["parts"]
     assert (part["step"], part["processes"], part["code"]["torch"]) == (0, 1, torch.__version__)
     assert load_config(undisturbed / "run.json") == config

@@ -1,0 +1,1 @@
+"""What is put on a `DeepAVFusion` encoder for a downstream task."""

@@ -1,0 +1,1 @@
+"""What downstream tasks are scored by: recognition, retrieval, localisation, separation, segmentation."""

@@ -1,0 +1,95 @@
+"""Settings of the downstream tasks, and their presets. Light to import.
+
+`paper` presets are those of the authors' released configuration files, with the batch of one of their GPUs; `tiny`
+runs on synthetic clips in minutes.
+"""
+
+from dataclasses import dataclass
+
+from avfusion.config import TrainConfig, setting
+
+
+@dataclass(frozen=True)
+class DownstreamConfig(TrainConfig):
+    """A task on top of an encoder. Raises ValueError where it has no weights and none are renounced."""
+
+    encoder: str = setting("", "pre-trained weights: a run of `avfusion pretrain`, or a file that `load_encoder` reads")
+    from_scratch: bool = setting(False, "start from random weights, of the shape of --encoder or else the paper's")
+    layer_decay: float = setting(0.75, "share of the learning rate that a layer gets of the next one's")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.encoder and not self.from_scratch:
+            raise ValueError(
+                "encoder: give pre-trained weights, --encoder RUN or FILE, or ask for random ones by --from-scratch"
+            )
+
+
+@dataclass(frozen=True)
+class ProbeConfig(DownstreamConfig):
+    """A linear probe: the encoder stays as it is. LARS, without weight decay."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(DownstreamConfig):
+    """Recognition with all weights trained."""
+
+    mixup: float = setting(1.0, "alpha of the Beta distribution by which clips are mixed; 0: they are not")
+    smoothing: float = setting(0.1, "label smoothing")
+
+
+@dataclass(frozen=True)
+class ContrastConfig(DownstreamConfig):
+    """Retrieval and localisation: the picture and the sound of a clip are to be alike."""
+
+    contrast_dim: int = setting(256, "width of the space in which pictures and sounds are compared")
+    temperature: float = setting(0.07, "of the softmax over clips")
+
+
+@dataclass(frozen=True)
+class SeparateConfig(DownstreamConfig):
+    """Mix and separate."""
+
+
+@dataclass(frozen=True)
+class SegmentConfig(DownstreamConfig):
+    """Audio-visual segmentation."""
+
+    subset: str = setting("v2", "part of AVSBench: v1s (S4), v1m (MS3) or v2 (AVSS)", choices=("v1s", "v1m", "v2"))
+    semantic: bool = setting(True, "predict classes; otherwise whether a pixel sounds")
+
+
+TRAINED = {"blr": 3e-4, "weight_decay": 0.05, "batch_size": 128}
+SMALL = {"workers": 2, "synth_classes": 6, "batch_size": 32}
+PRESETS = {
+    "probe": {
+        "paper": {"epochs": 60, "batch_size": 256, "blr": 0.3, "warmup_epochs": 10.0},
+        "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 16.0, "warmup_epochs": 1.0,
+                         "eval_epochs": 5},
+    },
+    "finetune": {
+        "paper": TRAINED | {"epochs": 100, "warmup_epochs": 20.0, "drop_path": 0.2},
+        "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0,
+                         "drop_path": 0.1, "mixup": 0.2, "eval_epochs": 4},
+    },
+    "retrieve": {
+        "paper": TRAINED | {"epochs": 30, "warmup_epochs": 3.0},
+        "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0,
+                         "contrast_dim": 64, "eval_epochs": 4},
+    },
+    "localize": {
+        "paper": TRAINED | {"layout": "flickr-soundnet", "epochs": 30, "warmup_epochs": 3.0},
+        "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 600, "epochs": 10,
+                         "blr": 8e-3, "warmup_epochs": 1.0, "contrast_dim": 64, "eval_epochs": 5},
+    },
+    "separate": {
+        "paper": TRAINED | {"layout": "vggsound-music", "eval_split": "pairs", "epochs": 300, "warmup_epochs": 40.0},
+        "tiny": SMALL | {"data": "data/tiny-separate", "layout": "vggsound-music", "eval_split": "pairs",
+                         "synth_clips": 600, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0, "eval_epochs": 4},
+    },
+    "segment": {
+        "paper": TRAINED | {"layout": "avsbench", "epochs": 100, "warmup_epochs": 20.0},
+        "tiny": SMALL | {"data": "data/tiny-segment", "layout": "avsbench", "synth_clips": 300, "epochs": 6,
+                         "blr": 8e-3, "warmup_epochs": 1.0, "subset": "v2", "eval_epochs": 3},
+    },
+}  # fmt: skip
