@@ -199,24 +199,30 @@ def avsbench(root: Path, split: str | None) -> Table:
     return Table("avsbench", root, tuple(rows), tuple(sorted(index, key=index.get)), tuple(missing))
 
 
-def semantic_masks(row: Row) -> "dict[int, np.ndarray]":
-    """The masks of an AVSBench clip: second -> class indices [H, W] uint8. Not every second has to be annotated.
+def mask_files(row: Row) -> dict[int, Path]:
+    """The masks of an AVSBench clip: second -> file. Not every second has to be annotated."""
+    files = (row.path.parent / "labels_semantic").glob("*.png")
+    return {int(path.stem): path for path in sorted(files, key=lambda path: int(path.stem))}
 
-    Raises `LayoutError` where a mask is no picture of class indices.
-    """
+
+def read_mask(path: Path) -> "np.ndarray":
+    """Class indices [H, W] uint8. Raises `LayoutError` where the file is no picture of class indices."""
     import numpy as np
     from PIL import Image
 
-    masks = {}
-    for path in sorted((row.path.parent / "labels_semantic").glob("*.png"), key=lambda path: int(path.stem)):
-        try:
-            with Image.open(path) as image:
-                masks[int(path.stem)] = np.asarray(image)
-        except (OSError, SyntaxError) as error:
-            raise LayoutError(f"{path}: {error}") from error
-        if masks[int(path.stem)].ndim != 2:
-            raise LayoutError(f"{path}: a picture in colours, expected one channel of class indices")
-    return masks
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise LayoutError(f"{path}: {error}") from error
+    if mask.ndim != 2:
+        raise LayoutError(f"{path}: a picture in colours, expected one channel of class indices")
+    return mask
+
+
+def semantic_masks(row: Row) -> "dict[int, np.ndarray]":
+    """The masks of an AVSBench clip as `read_mask` reads them, by second."""
+    return {second: read_mask(path) for second, path in mask_files(row).items()}
 
 
 def flickr_soundnet(root: Path, split: str | None) -> Table:

@@ -21,7 +21,7 @@ def evaluate_run(run: Path, expected: str, out: Path, **changes) -> dict[str, fl
     Writes to `out`: summary.json, samples.csv (a row a clip) and best.png and worst.png by score. Returns the summary.
     """
     task, model = load_run(run, expected)
-    task.config = replace(task.config, **changes)
+    task.config, task.thorough = replace(task.config, **changes), True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     source = task.open_evaluation()

@@ -36,6 +36,7 @@ class Task(ABC):
 
     name: str
     encoder_config: EncoderConfig
+    thorough = False  # an evaluation after training, which may take its time
 
     def __init__(self, config: TrainConfig, encoder_config: EncoderConfig):
         self.config, self.encoder_config = config, encoder_config

@@ -28,8 +28,8 @@ SUMMARY = {
     "finetune": {"top-1", "chance"},
     "retrieve": {"audio_to_image_recall@10", "image_to_audio_median_rank", "nearest_neighbour_fusion"},
     "localize": {"cIoU@0.5 contrast", "AUC attention", "cIoU@0.5 center"},
-    "separate": {"SDR", "SIR", "SAR", "SDR mixture", "SDR oracle"},
-    "segment": {"mIoU (benchmark)", "mIoU (release)"},
+    "separate": {"SDR", "SIR", "SAR", "SDR mixture", "SDR oracle", "SDR NMF", "SAR RPCA"},
+    "segment": {"mIoU (benchmark)", "mIoU (release)", "foreground F (benchmark)", "foreground mIoU (benchmark) center"},
 }
 
 
