@@ -117,7 +117,7 @@ def nmf(mixture: Tensor, sources: Tensor, mel: LogMel, components: int = 16, see
     truth = _stft(sources, mel).abs().square().double().cpu()
     fit = torch.einsum("cbf,kbf->ck", parts, truth / truth.sum((1, 2), keepdim=True).clamp(min=1e-30))
     owner = torch.nn.functional.one_hot(fit.argmax(1), len(sources)).double()
-    shares = torch.einsum("ck,cbf->kbf", owner, parts) / parts.sum(0).clamp(min=1e-30)
+    shares = _shares(torch.einsum("ck,cbf->kbf", owner, parts))
     return _istft(spectrum * shares.to(spectrum.device, spectrum.real.dtype), mel, mixture.shape[-1])
 
 
@@ -142,9 +142,14 @@ def rpca(mixture: Tensor, mel: LogMel, iterations: int = 100, tolerance: float =
         multiplier, mu = multiplier + mu * residual, mu * 1.5
         if residual.norm() <= tolerance * x.norm():
             break
-    parts = torch.stack((low, sparse)).abs()
-    shares = parts / parts.sum(0).clamp(min=1e-30)
+    shares = _shares(torch.stack((low, sparse)).abs())
     return _istft(spectrum * shares.to(spectrum.real.dtype), mel, mixture.shape[-1])
+
+
+def _shares(parts: Tensor) -> Tensor:
+    """parts [K, ...] -> their shares of the sum; equal ones where there is nothing."""
+    parts = parts.clamp(min=1e-30)
+    return parts / parts.sum(0)
 
 
 def _stft(x: Tensor, mel: LogMel) -> Tensor:
