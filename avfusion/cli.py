@@ -1,4 +1,4 @@
-"""The command line, `avfusion COMMAND`: embed clips; make, pack or browse a data set; pre-train an encoder."""
+"""The command line, `avfusion COMMAND`: embed and report on clips; make, pack or browse data sets; train."""
 
 import argparse
 import sys
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     synth.add_parser(commands)
     shard.add_parser(commands)
     _add_browse(commands)
+    _add_report(commands)
     pretrain.add_parser(commands)
     downstream.add_parsers(commands)
     args = parser.parse_args(argv)
@@ -224,3 +225,44 @@ def _browse(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(str(error))
     print(f"{args.out}: {shown} clips of {table}")
     return 0
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report", help="what trained models make of your clips, as pages",
+        description="Write one HTML page a clip, which needs no other file: where its sound comes from, what sounds, "
+        "separated sounds to play, likely classes, clips that are like it; as far as you name runs for them.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("clips", nargs="+", type=Path, metavar="CLIP", help="video files, or directories to search for them")
+    for name in ("localize", "segment", "separate", "finetune", "probe"):
+        add(f"--{name}", type=Path, metavar="RUN", help=f"run of `avfusion {name} train`")
+    add("--encoder", metavar="RUN|FILE", help="encoder to compare clips by; needs --collection")
+    add("--collection", type=Path, metavar="FILE", help="clips to compare with: what `avfusion embed` wrote")
+    add("--neighbours", type=_count(1), default=3, metavar="N", help="how many of them to show (default: %(default)s)")
+    add("--out", type=Path, default=Path("reports"), metavar="DIR", help="folder of the pages (default: %(default)s)")
+    parser.set_defaults(run=_report, parser=parser)
+
+
+def _report(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    paths = _video_files(args.clips, parser)
+    from avfusion.clips import ClipError
+    from avfusion.report import Reporter, page_name
+
+    runs = {name: getattr(args, name) for name in ("localize", "segment", "separate", "finetune", "probe")}
+    try:
+        reporter = Reporter.load({name: run for name, run in runs.items() if run}, args.encoder, args.collection,
+                                 args.neighbours)  # fmt: skip
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    failed, taken = 0, set()
+    for path in paths:
+        page = args.out / page_name(path, taken)
+        try:
+            reporter.write(path, page)
+        except ClipError as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            failed += 1
+        else:
+            print(page)
+    return 1 if failed else 0
