@@ -1,10 +1,12 @@
 """Retrieval and localisation: pictures and sounds in one space, where those of the same clip are alike.
 
-    s[i, j] = max over patches p of cos(W_v x_image[i, p], W_a mean(x_audio[j])),   loss: InfoNCE over clips, both ways
+    c[i, p, j] = cos(W_v x_image[i, p], W_a mean(x_audio[j])),   s[i, j] = (max over p of c + mean over p of c) / 2
+    loss: InfoNCE of s over clips, both ways
 
-so that the patch that decides is where the sound comes from.
+so that the patch that decides is where the sound comes from. The mean gives every patch a gradient: with the maximum
+alone, training hardly begins.
 
-Source: multiple-instance contrastive learning as in EZ-VSL, https://arxiv.org/abs/2203.09324.
+Source: multiple-instance contrastive learning as in EZ-VSL, https://arxiv.org/abs/2203.09324, which takes the maximum.
 """
 
 import torch
@@ -43,8 +45,9 @@ def _alone(vit: ViT, x: Tensor) -> Tensor:
 
 
 def similarity(patches: Tensor, sound: Tensor) -> Tensor:
-    """[B, n_v, dim], [C, dim] -> [B, C]: of the best patch of each picture with each sound."""
-    return torch.einsum("bpd,cd->bcp", patches, sound).amax(-1)
+    """[B, n_v, dim], [C, dim] -> [B, C]: of each picture with each sound, its best patch and the mean one together."""
+    cosines = torch.einsum("bpd,cd->bcp", patches, sound)
+    return (cosines.amax(-1) + cosines.mean(-1)) / 2
 
 
 def info_nce(similarity: Tensor, temperature: float) -> Tensor:

@@ -43,7 +43,7 @@ class ContrastConfig(DownstreamConfig):
     """Retrieval and localisation: the picture and the sound of a clip are to be alike."""
 
     contrast_dim: int = setting(256, "width of the space in which pictures and sounds are compared")
-    temperature: float = setting(0.07, "of the softmax over clips")
+    temperature: float = setting(0.1, "of the softmax over clips")
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,14 @@ PRESETS = {
     },
     "localize": {
         "paper": TRAINED | {"layout": "flickr-soundnet", "epochs": 30, "warmup_epochs": 3.0},
-        "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 600, "epochs": 10,
-                         "blr": 8e-3, "warmup_epochs": 1.0, "contrast_dim": 64, "eval_epochs": 5},
+        "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 600, "epochs": 12,
+                         "blr": 8e-3, "layer_decay": 1.0, "warmup_epochs": 1.0, "contrast_dim": 64, "eval_epochs": 5},
     },
     "separate": {
         "paper": TRAINED | {"layout": "vggsound-music", "eval_split": "pairs", "epochs": 300, "warmup_epochs": 40.0},
         "tiny": SMALL | {"data": "data/tiny-separate", "layout": "vggsound-music", "eval_split": "pairs",
-                         "synth_clips": 600, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0, "eval_epochs": 4},
+                         "synth_clips": 600, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0, "eval_epochs": 4,
+                         "eval_clips": 32},
     },
     "segment": {
         "paper": TRAINED | {"layout": "avsbench", "epochs": 100, "warmup_epochs": 20.0},

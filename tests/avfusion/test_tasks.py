@@ -178,7 +178,8 @@ def test_contrast_compares_the_best_patch_and_never_mixes_clips():
     for i in range(3):
         for j in range(3):
             alone = model(image[i : i + 1], audio[j : j + 1])
-            assert table[i, j].item() == pytest.approx((alone[0][0] @ alone[1][0]).max().item(), abs=1e-5)
+            cosines = alone[0][0] @ alone[1][0]
+            assert table[i, j].item() == pytest.approx((cosines.max() + cosines.mean()).item() / 2, abs=1e-5)
     perfect = torch.eye(3) * 2 - 1
     assert info_nce(perfect, 0.05).item() < 1e-6 < info_nce(-perfect, 0.05).item()
     assert info_nce(torch.zeros(3, 3), 1.0).item() == pytest.approx(torch.tensor(3.0).log().item())
