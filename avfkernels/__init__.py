@@ -1,7 +1,7 @@
 """Exact, fused attention over pairwise interactions of two token streams.
 
 Ops: `pair_attention`, `latent_attention`, `prefix_attention`; `merge_attention` joins partial results of any of them.
-Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`.
+Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`; `accelerate` puts them into a model of the authors' release.
 `python -m avfkernels` shows what runs on this machine and why; `backend(name)` overrides the choice.
 """
 
@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from avfkernels import _ops  # noqa: F401  registers torch.ops.avfkernels
 from avfkernels._backends import backend, materialises
+from avfkernels.accelerate import accelerate
 from avfkernels.latent_attention import latent_attention
 from avfkernels.merge import merge_attention
 from avfkernels.nn import DenseFusion, FactorizedFusion, TokenFusion
@@ -24,6 +25,7 @@ __all__ = [
     "DenseFusion",
     "FactorizedFusion",
     "TokenFusion",
+    "accelerate",
     "backend",
     "latent_attention",
     "materialises",

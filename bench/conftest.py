@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure, report
+from bench import compare, measure, report
 
 HERE = Path(__file__).parent
 SECTIONS = pytest.StashKey[dict]()  # measured in this run: name -> section of the results file
+KNOWN = pytest.StashKey[dict]()  # those of the file that --compare names
+VERDICT = pytest.StashKey[tuple]()  # of the comparison: whether the run passes, and why
 
 
 def pytest_addoption(parser):
@@ -19,10 +21,26 @@ def pytest_addoption(parser):
     group.addoption("--benchmark", action="store_true", help="run the benchmarks; without it those in bench/ skip")
     group.addoption("--quick", action="store_true", help="batch 1 and one round; prints the tables, writes no results")
     group.addoption("--batch-size", type=int, help="videos in a batch of the encoder tables: 4 on a CPU, 64 on CUDA")
+    group.addoption(
+        "--compare", type=Path, metavar="FILE",
+        help="fail, and write no results, if one of our ratios is worse than in this results file of the same device",
+    )  # fmt: skip
+    group.addoption("--compare-margin", type=float, default=0.1, help="how much worse is still good: 0.1 is 10 %%")
 
 
 def pytest_configure(config):
     config.stash[SECTIONS] = {}
+    if path := config.getoption("--compare", None):
+        if not config.getoption("--benchmark"):
+            raise pytest.UsageError("--compare compares what --benchmark measures: give both")
+        try:
+            config.stash[KNOWN] = compare.load(path, device_name())
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+def device_name() -> str:
+    return measure.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class RecordedClock:
@@ -116,16 +134,28 @@ def replay(benchmark):
     return run
 
 
+def pytest_sessionfinish(session):
+    stash = session.config.stash
+    if KNOWN in stash:
+        passes, _ = stash[VERDICT] = compare.verdict(
+            *compare.compare(stash[KNOWN], stash[SECTIONS]), session.config.getoption("--compare-margin")
+        )
+        if not passes and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    sections = config.stash[SECTIONS]
-    if not sections:
-        return
-    name = measure.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    terminalreporter.section(name)
+    sections, name = config.stash[SECTIONS], device_name()
+    passes, why = config.stash.get(VERDICT, (True, None))
+    if sections:
+        terminalreporter.section(name)
     for section in sections.values():
         terminalreporter.write(report.markdown(section) + "\n")
-    if config.getoption("--quick"):
-        terminalreporter.write_line("--quick: nothing is written")
-    else:
+    if why:
+        terminalreporter.section(f"compared with {config.getoption('--compare')}")
+        terminalreporter.write(why)
+    if sections and (config.getoption("--quick") or not passes):
+        terminalreporter.write_line(f"{'--quick' if passes else '--compare failed'}: nothing is written")
+    elif sections:
         path = report.save(HERE / "results", measure.slug(name), name, sections)
         terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}, and drawn from it .md and .png")

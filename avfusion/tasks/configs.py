@@ -91,6 +91,6 @@ PRESETS = {
     "segment": {
         "paper": TRAINED | {"layout": "avsbench", "epochs": 100, "warmup_epochs": 20.0},
         "tiny": SMALL | {"data": "data/tiny-segment", "layout": "avsbench", "synth_clips": 300, "epochs": 6,
-                         "blr": 8e-3, "warmup_epochs": 1.0, "subset": "v2", "eval_epochs": 3},
+                         "blr": 8e-3, "warmup_epochs": 1.0, "subset": "v2", "eval_epochs": 3, "eval_clips": 100},
     },
 }  # fmt: skip
