@@ -21,28 +21,31 @@ def bss_eval(references: Tensor, estimates: Tensor, taps: int = 512) -> tuple[Te
     """SDR, SIR and SAR of estimates in dB, estimate j against reference j: no permutation is tried.
 
     Args:
-        references, estimates: [B, J, samples], on any device; computed in float64.
+        references: [B, J, samples], on any device; computed in float64.
+        estimates: likewise, or [M, B, J, samples], of M methods: they share what is costly.
         taps: length of the distortion that is allowed, in samples.
 
-    Returns three float64 [B, J]. All three are NaN where a reference or the estimate is silent, or references are
-    delayed copies of each other: the projections are not defined.
+    Returns three float64 tensors of the shape of `estimates` without samples. All three are NaN where a reference or
+    the estimate is silent, or references are delayed copies of each other: the projections are not defined.
 
     Raises ValueError for shapes that do not fit.
     """
-    if references.ndim != 3 or references.shape != estimates.shape or references.shape[-1] < taps:
+    if references.ndim != 3 or references.shape != estimates.shape[-3:] or references.shape[-1] < taps:
         raise ValueError(f"bss_eval: expected references and estimates [B, J, samples] of {taps} samples or more, got "
                          f"{list(references.shape)} and {list(estimates.shape)}")  # fmt: skip
+    methods = estimates if estimates.ndim == 4 else estimates[None]
     chunk = max(1, MEMORY // (8 * (references.shape[1] * taps) ** 2))
     parts = [_bss_eval(r.double(), e.double(), taps)
-             for r, e in zip(references.split(chunk), estimates.split(chunk), strict=True)]  # fmt: skip
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+             for r, e in zip(references.split(chunk), methods.split(chunk, dim=1), strict=True)]  # fmt: skip
+    scores = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    return tuple(x if estimates.ndim == 4 else x[0] for x in scores)
 
 
 def _bss_eval(references: Tensor, estimates: Tensor, taps: int) -> tuple[Tensor, Tensor, Tensor]:
     count, samples = references.shape[1:]
     # Scales change nothing, and silence shows as NaN.
     references, estimates = (x / x.norm(dim=-1, keepdim=True) for x in (references, estimates))
-    silent = ~(references.isfinite().all(-1).all(-1, keepdim=True) & estimates.isfinite().all(-1))  # [B, J]
+    silent = ~(references.isfinite().all(-1).all(-1, keepdim=True) & estimates.isfinite().all(-1))  # [M, B, J]
     references, estimates = references.nan_to_num(), estimates.nan_to_num()
 
     size = 1 << (samples + taps - 1).bit_length()
@@ -50,28 +53,23 @@ def _bss_eval(references: Tensor, estimates: Tensor, taps: int) -> tuple[Tensor,
     # auto[p, q, k] = sum_t r_p(t) r_q(t + k), for k from -taps + 1 to taps - 1; cross likewise with e_q, for k >= 0.
     auto = torch.fft.irfft(R.conj()[:, :, None] * R[:, None], size)
     auto = torch.cat((auto[..., size - taps + 1 :], auto[..., :taps]), dim=-1)
-    cross = torch.fft.irfft(R.conj()[:, :, None] * E[:, None], size)[..., :taps]  # [B, reference, estimate, taps]
+    # Of each estimate, [M, B, reference, taps].
+    cross = [torch.fft.irfft(R.conj() * e.unsqueeze(2), size)[..., :taps] for e in E.unbind(2)]
     # Gram matrix of delayed references: <r_p(t - i), r_q(t - j)> = auto[p, q, i - j], p's delays down, q's across.
     lags = torch.arange(taps, device=auto.device)
     gram = auto[..., taps - 1 + lags[:, None] - lags]  # [B, J, J, taps, taps]
 
-    def energies(order: list[int], estimate: int) -> tuple[Tensor, Tensor]:
-        """Of the projections of an estimate on the first reference of `order`, and on all of them, [B] each."""
-        matrix = gram[:, order][:, :, order].transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        right = cross[:, order, estimate].flatten(1, 2).unsqueeze(-1)
-        parts = torch.linalg.solve_triangular(factor, right, upper=False).square().squeeze(-1)
-        parts = parts.masked_fill((failed > 0).unsqueeze(-1), torch.nan)
-        return parts[:, :taps].sum(-1), parts.sum(-1)
-
-    own, whole = [], []
+    own, whole = [], []  # energies of the projections on the own reference, and on all of them
     for j in range(count):
         order = [j, *(p for p in range(count) if p != j)]
-        one, everything = energies(order, j)
-        own.append(one)
-        whole.append(everything)
-    own, whole = torch.stack(own, dim=1), torch.stack(whole, dim=1)
-    own, whole = own.masked_fill(silent, torch.nan), whole.masked_fill(silent, torch.nan)
+        matrix = gram[:, order][:, :, order].transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        right = cross[j][:, :, order].flatten(2, 3).movedim(0, -1)  # [B, J * taps, M]
+        parts = torch.linalg.solve_triangular(factor, right, upper=False).square()
+        parts = parts.masked_fill((failed > 0)[:, None, None], torch.nan)
+        own.append(parts[:, :taps].sum(1).T)
+        whole.append(parts.sum(1).T)
+    own, whole = (torch.stack(x, dim=-1).masked_fill(silent, torch.nan) for x in (own, whole))
     total = estimates.square().sum(-1)
     ratios = own / (total - own), own / (whole - own), whole / (total - whole)
     return tuple(10 * x.clamp(min=0).log10() for x in ratios)

@@ -133,8 +133,8 @@ class Separate(Downstream):
                 pairs = [(mix, both) for mix, both in zip(found[" mixture"][:, 0], truth, strict=True)]
                 found[" NMF"] = torch.stack([nmf(mix, both, self.mel) for mix, both in pairs])
                 found[" RPCA"] = torch.stack([best_order(rpca(mix, self.mel), both) for mix, both in pairs])
-            scores = [torch.stack(bss_eval(truth, x), dim=-1).mean(1) for x in found.values()]
-            rows.append((batch.index, torch.cat(scores, dim=1)))
+            scores = torch.stack(bss_eval(truth, torch.stack(list(found.values()))), dim=-1)  # [methods, B, sources, 3]
+            rows.append((batch.index, scores.mean(2).transpose(0, 1).flatten(1)))
         index, values = gathered(rows)
         names = [f"{score}{method}" for method in found for score in ("SDR", "SIR", "SAR")]
         samples = [

@@ -59,6 +59,15 @@ def test_written_out_projections_on_many_short_signals():
             torch.testing.assert_close(ours[:, b, j], expected, rtol=0, atol=1e-6)
 
 
+def test_methods_that_share_references_get_the_figures_that_each_would_get():
+    references, estimates = signals(3, 2, 1000, seed=4)
+    both = torch.stack((estimates, estimates.flip(0)))
+    together = torch.stack(bss_eval(references, both, taps=32))
+    assert together.shape == (3, 2, 3, 2)
+    for m in range(2):
+        torch.testing.assert_close(together[:, m], torch.stack(bss_eval(references, both[m], taps=32)))
+
+
 def test_silence_is_nan_and_leaves_others_alone():
     references, estimates = signals(3, 2, 1000, seed=2)
     expected = torch.stack(bss_eval(references, estimates, taps=16))
