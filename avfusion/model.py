@@ -12,6 +12,7 @@ Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -274,6 +275,35 @@ class DeepAVFusion(nn.Module):
             _, alpha, beta = self.fusion_blocks[str(layer)](x_fusion, x_image, x_audio, return_attention=True)
             maps[layer] = alpha, beta
         return maps
+
+    @torch.no_grad()
+    def graphed(self, *batch: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """The forward pass at the shapes of this batch, recorded as a CUDA graph: what the kernels take and no more.
+
+        Takes what `forward` takes: image and audio and, if masked, the ids of the visible patches. Returns run(*batch)
+        -> x_image, x_audio, x_fusion for further batches of these shapes, without gradients. It runs the weights where
+        they are now: load and move before. Raises ValueError for other shapes, RuntimeError where there is no CUDA.
+        """
+        if not batch[0].is_cuda:
+            found = "" if torch.cuda.is_available() else "; torch finds none"
+            raise RuntimeError(f"graphed: CUDA graphs need the model and the batch on a CUDA device{found}")
+        inputs = [x.clone() for x in batch]
+        with torch.cuda.device(batch[0].device):
+            self(*inputs)  # what is tuned or allocated once, in the first pass, is not for the graph
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = self(*inputs)
+
+        def run(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            shapes, expected = ([list(x.shape) for x in tensors] for tensors in (batch, inputs))
+            if shapes != expected:
+                raise ValueError(f"graphed: recorded for a batch of the shapes {expected}, got {shapes}")
+            for buffer, x in zip(inputs, batch, strict=True):
+                buffer.copy_(x)
+            graph.replay()
+            return tuple(x.clone() for x in outputs)
+
+        return run
 
     def embed(self, clip) -> dict[str, Tensor]:
         """The features of one video file; see `avfusion.features.embed`."""

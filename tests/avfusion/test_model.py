@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import avfkernels
 from avfusion import DeepAVFusion, EncoderConfig
@@ -35,8 +36,8 @@ def batch(config=SMALL, B=2, dtype=torch.float32):
     )
 
 
-def masks(config=SMALL, B=2, image=5, audio=2):
-    g = torch.Generator().manual_seed(1)
+def masks(config=SMALL, B=2, image=5, audio=2, seed=1):
+    g = torch.Generator().manual_seed(seed)
     sizes = [(grid[0] * grid[1], kept) for grid, kept in ((config.image_grid, image), (config.audio_grid, audio))]
     return [torch.rand(B, n, generator=g).argsort(1)[:, :kept] for n, kept in sizes]
 
@@ -187,12 +188,15 @@ def test_attention_maps_are_those_of_the_tokens_that_enter_the_layer():
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_compiles_whole_forward_and_backward_masked_and_full(fusion):
+def test_compiles_whole_once_for_full_and_once_for_masked_input_forward_and_backward(fusion):
     torch._dynamo.reset()
-    model = build(fusion=fusion)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for keep in ((), masks()):
+    torch._dynamo.utils.counters.clear()
+    model, graphs = build(fusion=fusion), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for keep in ((), masks(), (), masks(seed=2)):
         torch.testing.assert_close(compiled(*batch(), *keep), model(*batch(), *keep))
+    assert graphs.frame_count == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
     sum(o.sin().sum() for o in compiled(*batch())).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -200,6 +204,30 @@ def test_compiles_whole_forward_and_backward_masked_and_full(fusion):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(grads[name], parameter.grad, msg=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_graph_of_the_forward_pass_needs_cuda():
+    with pytest.raises(RuntimeError, match=r"graphed: CUDA graphs need .* a CUDA device; torch finds none"):
+        build().graphed(*batch())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_graph_of_the_forward_pass_repeats_it_on_other_batches(fusion, masked):
+    model = build(fusion=fusion).cuda().eval()
+    inputs = [x.cuda() for x in (*batch(), *(masks() if masked else ()))]
+    run = model.graphed(*inputs)
+    first = run(*inputs)
+    others = [x.flip(-1) for x in inputs]
+    with torch.no_grad():
+        for got, expected in ((first, model(*inputs)), (run(*others), model(*others)), (first, model(*inputs))):
+            torch.testing.assert_close(got, expected)
+    assert not torch.equal(first[0], run(*others)[0])
+    with pytest.raises(ValueError, match="graphed: recorded for a batch of the shapes"):
+        run(*(x[:1] for x in inputs))
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor compiles with a C++ compiler")
