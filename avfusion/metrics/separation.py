@@ -9,12 +9,14 @@ Source: Vincent, Gribonval & Fevotte, IEEE TASLP 2006, as mir_eval's `bss_eval_s
 """
 
 import torch
+import torch.nn.functional as F
 from sklearn.decomposition import NMF
 from torch import Tensor
 
 from avfusion.clips import LogMel
 
-MEMORY = 2**28  # bytes of a chunk's matrices
+CHUNK = 128  # mixtures whose factorisations go side by side
+CACHED = 8  # mixtures whose spectra do
 
 
 def bss_eval(references: Tensor, estimates: Tensor, taps: int = 512) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,45 +36,91 @@ def bss_eval(references: Tensor, estimates: Tensor, taps: int = 512) -> tuple[Te
         raise ValueError(f"bss_eval: expected references and estimates [B, J, samples] of {taps} samples or more, got "
                          f"{list(references.shape)} and {list(estimates.shape)}")  # fmt: skip
     methods = estimates if estimates.ndim == 4 else estimates[None]
-    chunk = max(1, MEMORY // (8 * (references.shape[1] * taps) ** 2))
-    parts = [_bss_eval(r.double(), e.double(), taps)
-             for r, e in zip(references.split(chunk), methods.split(chunk, dim=1), strict=True)]  # fmt: skip
+    parts = [_bss_eval(r, e, taps) for r, e in zip(references.split(CHUNK), methods.split(CHUNK, dim=1), strict=True)]
     scores = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
     return tuple(x if estimates.ndim == 4 else x[0] for x in scores)
 
 
 def _bss_eval(references: Tensor, estimates: Tensor, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    count, samples = references.shape[1:]
-    # Scales change nothing, and silence shows as NaN.
-    references, estimates = (x / x.norm(dim=-1, keepdim=True) for x in (references, estimates))
-    silent = ~(references.isfinite().all(-1).all(-1, keepdim=True) & estimates.isfinite().all(-1))  # [M, B, J]
-    references, estimates = references.nan_to_num(), estimates.nan_to_num()
+    M, B, J, _ = estimates.shape
+    every = torch.cat((references, estimates.transpose(0, 1).flatten(1, 2)), dim=1).double()  # [B, J + M * J, samples]
+    delayed = [correlations(x[:, :J], x, taps) for x in every.split(CACHED)]
+    delayed = torch.cat(delayed).permute(1, 2, 3, 0)  # [J, J + M * J, taps, B]
+    gram, cross = delayed[:, :J], delayed[:, J:].transpose(0, 1)  # [J, J, taps, B], [M * J, J, taps, B]
+    whole = toeplitz_energies(gram, cross).unflatten(0, (M, J)).transpose(1, 2)  # [M, B, J]
 
-    size = 1 << (samples + taps - 1).bit_length()
-    R, E = (torch.fft.rfft(x, size) for x in (references, estimates))
-    # auto[p, q, k] = sum_t r_p(t) r_q(t + k), for k from -taps + 1 to taps - 1; cross likewise with e_q, for k >= 0.
-    auto = torch.fft.irfft(R.conj()[:, :, None] * R[:, None], size)
-    auto = torch.cat((auto[..., size - taps + 1 :], auto[..., :taps]), dim=-1)
-    # Of each estimate, [M, B, reference, taps].
-    cross = [torch.fft.irfft(R.conj() * e.unsqueeze(2), size)[..., :taps] for e in E.unbind(2)]
-    # Gram matrix of delayed references: <r_p(t - i), r_q(t - j)> = auto[p, q, i - j], p's delays down, q's across.
-    lags = torch.arange(taps, device=auto.device)
-    gram = auto[..., taps - 1 + lags[:, None] - lags]  # [B, J, J, taps, taps]
+    def alone(x: Tensor) -> Tensor:  # the own reference of each: x [..., J, J, taps, B] -> [..., taps, J * B]
+        return x.diagonal(dim1=-4, dim2=-3).movedim(-1, -2).flatten(-2)
 
-    own, whole = [], []  # energies of the projections on the own reference, and on all of them
-    for j in range(count):
-        order = [j, *(p for p in range(count) if p != j)]
-        matrix = gram[:, order][:, :, order].transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        right = cross[j][:, :, order].flatten(2, 3).movedim(0, -1)  # [B, J * taps, M]
-        parts = torch.linalg.solve_triangular(factor, right, upper=False).square()
-        parts = parts.masked_fill((failed > 0)[:, None, None], torch.nan)
-        own.append(parts[:, :taps].sum(1).T)
-        whole.append(parts.sum(1).T)
-    own, whole = (torch.stack(x, dim=-1).masked_fill(silent, torch.nan) for x in (own, whole))
-    total = estimates.square().sum(-1)
-    ratios = own / (total - own), own / (whole - own), whole / (total - whole)
-    return tuple(10 * x.clamp(min=0).log10() for x in ratios)
+    own = toeplitz_energies(alone(gram)[None, None], alone(cross.unflatten(0, (M, J)))[:, None])
+    own = own.unflatten(1, (J, B)).transpose(1, 2)
+    own = own.masked_fill(whole.isnan(), torch.nan)
+    total = every[:, J:].square().sum(-1).unflatten(1, (M, J)).transpose(0, 1)
+    # Of a perfect estimate the rest is 0 but for rounding.
+    ratios = own / (total - own).clamp(min=0), own / (whole - own).clamp(min=0), whole / (total - whole).clamp(min=0)
+    return tuple(10 * x.log10() for x in ratios)
+
+
+def correlations(x: Tensor, y: Tensor, taps: int) -> Tensor:
+    """sum_n x[.., p, n] y[.., q, n + t] for delays t = 0 ... taps - 1: [B, P, N], [B, Q, N] -> [B, P, Q, taps].
+
+    By pieces of the signals, whose spectra are added up before they are transformed back.
+    """
+    size = 1 << (8 * taps - 1).bit_length()
+    hop = size - taps + 1  # a piece of x, with the part of y that it meets: nothing wraps around
+    pieces = -(-x.shape[-1] // hop)
+    x = F.pad(x, (0, pieces * hop - x.shape[-1])).unflatten(-1, (pieces, hop))
+    y = F.pad(y, (0, pieces * hop + taps - 1 - y.shape[-1])).unfold(-1, size, hop)
+    X, Y = torch.fft.rfft(x, size).conj().resolve_conj(), torch.fft.rfft(y, size)
+    spectra = torch.zeros_like(Y[:, None, :, 0].expand(-1, X.shape[1], -1, -1))
+    for piece in range(pieces):
+        spectra.addcmul_(X[:, :, None, piece], Y[:, None, :, piece])
+    return torch.fft.irfft(spectra, size)[..., :taps]
+
+
+def toeplitz_energies(gram: Tensor, right: Tensor) -> Tensor:
+    """right^T T^-1 right for symmetric positive definite block Toeplitz matrices T: Schur's algorithm, O(taps^2).
+
+    T is given by its first block column, T[(i, p), (0, q)] = gram[p, q, i], with blocks of K x K. With Z the shift by
+    one block, T - Z T Z^T has rank 2K: sum_q d_q a_q a_q^T - e_q b_q b_q^T. Hyperbolic rotations of a and b leave that
+    sum as it is and make a column of T's Cholesky factor of each a_q, K at a time; the substitution follows at once.
+    Batches are innermost, so that every step is one operation on rows.
+
+    Args:
+        gram: float64 [K, K, taps, B]; right: [R, K, taps, B].
+
+    Returns [R, B]; NaN where T is not positive definite.
+
+    Source: Kailath & Sayed, "Displacement structure: theory and applications", SIAM Review 1995; the rotations are in
+    the mixed form of Bojanczyk et al., 1987, whose errors are those of Cholesky factorisation, without square roots.
+    """
+    K, _, taps, B = gram.shape
+    a = gram.permute(1, 2, 0, 3).reshape(K, taps * K, B).clone()  # first block column; rows are (delay, p)
+    right = right.transpose(1, 2).reshape(len(right), taps * K, B).clone()
+    for q in range(K):  # its K columns, orthogonalised
+        for p in range(q + 1, K):
+            a[p] -= a[q] * (a[p, q] / a[q, q])
+    d = [1 / a[q, q] for q in range(K)]
+    e, b = list(d), a.clone()
+    total, lowest = right.new_zeros(len(right), B), right.new_full((B,), torch.inf)
+    for i in range(taps):
+        below, ahead = a[:, : K * (taps - i)], b[:, K * i :]  # a moves down by a block, b does not
+        for r in range(K):
+            column = below[r, r:]
+            for q in range(K) if i > 0 else ():  # makes b_q zero in this row
+                row = ahead[q, r:]
+                ratio = row[0] / column[0]
+                turn = ratio * (e[q] / d[r])
+                rest = 1 - ratio * turn
+                column.addcmul_(row, turn, value=-1)
+                row.addcmul_(column, ratio / rest, value=-1)
+                d[r], e[q] = d[r] / rest, e[q] * rest
+            solution = right[:, r] / column[0]
+            total += solution.square() / d[r]
+            lowest = torch.minimum(lowest, d[r] * column[0].square())
+            right[:, r:].addcmul_(column, solution[:, None], value=-1)
+        right = right[:, K:]
+    return total.masked_fill(~(lowest > 0), torch.nan)
 
 
 def ratio_masks(spectra: Tensor) -> Tensor:
@@ -114,7 +162,7 @@ def nmf(mixture: Tensor, sources: Tensor, mel: LogMel, components: int = 16, see
     parts = activations.T[:, :, None] * torch.from_numpy(model.components_)[:, None]  # [components, bins, frames]
     truth = _stft(sources, mel).abs().square().double().cpu()
     fit = torch.einsum("cbf,kbf->ck", parts, truth / truth.sum((1, 2), keepdim=True).clamp(min=1e-30))
-    owner = torch.nn.functional.one_hot(fit.argmax(1), len(sources)).double()
+    owner = F.one_hot(fit.argmax(1), len(sources)).double()
     shares = _shares(torch.einsum("ck,cbf->kbf", owner, parts))
     return _istft(spectrum * shares.to(spectrum.device, spectrum.real.dtype), mel, mixture.shape[-1])
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from avfusion.clips import LogMel
-from avfusion.metrics.separation import apply_mask, bss_eval, nmf, ratio_masks, rpca
+from avfusion.metrics.separation import (
+    apply_mask,
+    bss_eval,
+    correlations,
+    nmf,
+    ratio_masks,
+    rpca,
+    toeplitz_energies,
+)
 
 
 def signals(batch, sources, samples, seed):
@@ -37,6 +45,54 @@ def test_figures_are_mir_evals(batch, sources, samples):
     meaningful = theirs.abs() < 100  # one source alone has no interference: rounding, here and there
     assert meaningful.sum() >= batch * sources * 2
     assert (ours - theirs)[meaningful].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("decay", [0.0, 5.0])
+def test_figures_are_mir_evals_where_tones_make_the_projections_ill_conditioned(decay):
+    t = torch.arange(16000, dtype=torch.float64) / 16000
+    tones = [sum(0.6**h * torch.sin(2 * torch.pi * f * (h + 1) * t) for h in range(6)) for f in (220.0, 330.5)]
+    g = torch.Generator().manual_seed(int(decay))
+    references = torch.stack(tones) * torch.exp(-decay * t) * torch.hann_window(16000, dtype=torch.float64)
+    references = references[None] + 1e-5 * torch.randn(1, 2, 16000, generator=g, dtype=torch.float64)
+    noise = torch.randn(1, 2, 16000, generator=g, dtype=torch.float64)
+    estimates = references + 0.1 * references.flip(1) + 1e-3 * noise
+    ours, theirs = torch.stack(bss_eval(references, estimates)), of_mir_eval(references, estimates)
+    assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_correlations_are_those_written_out():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 2, 100, generator=g), torch.randn(2, 3, 100, generator=g)
+    for taps in (1, 3, 7):
+        found = correlations(x, y, taps)
+        assert found.shape == (2, 2, 3, taps)
+        for t in range(taps):
+            expected = torch.einsum("bpn,bqn->bpq", x[..., : 100 - t], y[..., t:])
+            torch.testing.assert_close(found[..., t], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sources", [1, 2, 3])
+def test_toeplitz_energies_are_those_of_the_whole_matrix(sources):
+    taps, batch = 9, 50
+    g = torch.Generator().manual_seed(sources)
+    x = torch.randn(batch, sources, 60, generator=g, dtype=torch.float64)
+    x = x + 3 * x.roll(1, -1)
+    delayed = torch.stack([torch.nn.functional.pad(x, (i, taps - i)) for i in range(taps)], dim=1).flatten(1, 2)
+    right = torch.randn(batch, taps * sources, 2, generator=g, dtype=torch.float64)
+    expected = (right * torch.linalg.solve(delayed @ delayed.mT, right)).sum(1)
+    gram = correlations(x, x, taps).permute(1, 2, 3, 0)
+    rows = right.permute(2, 1, 0).unflatten(1, (taps, sources)).transpose(1, 2)
+    torch.testing.assert_close(toeplitz_energies(gram, rows).T, expected)
+    gram[0, 0, 1, 7] = 2 * gram[0, 0, 0, 7]  # no longer positive definite
+    found = toeplitz_energies(gram, rows).T
+    assert found[7].isnan().all()
+    torch.testing.assert_close(found[torch.arange(batch) != 7], expected[torch.arange(batch) != 7])
+
+
+def test_a_perfect_estimate_has_no_distortion():
+    references, _ = signals(2, 2, 1000, seed=5)
+    for score in bss_eval(references, references, taps=16):
+        assert (score > 100).all()
 
 
 def test_written_out_projections_on_many_short_signals():
