@@ -27,16 +27,23 @@ from bench import flops, measure
 
 @dataclass(frozen=True)
 class Row:
-    """An encoder and the backend it runs on; `paper` is what Table 6 of the paper says of it, on its own hardware."""
+    """An encoder and how it runs; `paper` is what Table 6 of the paper says of it, on its own hardware."""
 
     name: str
     config: EncoderConfig
     backend: str | None = None  # None: the automatic choice
+    way: str = "plain"  # "plain" | "compiled" | "graphs"
     paper: dict | None = None
 
     @property
     def materialised(self) -> bool:
         return self.backend == "reference"
+
+    def why_not(self, device: torch.device, *, training: bool) -> str | None:
+        """Why the row is not measured, or None."""
+        if self.way != "plain" and device.type != "cuda":
+            return "on CUDA"  # on CPUs compiling takes longer than the table, and what it fuses is little of the time
+        return "inference only" if self.way == "graphs" and training else None
 
 
 NONE, TOKEN, DENSE, FACTORIZED = (EncoderConfig(fusion=fusion) for fusion in ("none", "token", "dense", "factorized"))
@@ -50,8 +57,15 @@ ROWS = {
         Row("token", TOKEN),
         Row("dense, materialised", DENSE, "reference", paper={"per_second": 4.3, "memory_gb": 31.6}),
         Row("factorized, materialised", FACTORIZED, "reference", paper={"per_second": 12.8, "memory_gb": 13.1}),
+        Row("dense, eager", DENSE, "eager"),
+        Row("factorized, eager", FACTORIZED, "eager"),
         Row("dense, ours", DENSE),
         Row("factorized, ours", FACTORIZED),
+        *(
+            Row(f"{name}, {way}", config, way=way)
+            for way in ("compiled", "graphs")
+            for name, config in (("no fusion", NONE), ("dense", DENSE), ("factorized", FACTORIZED))
+        ),
     )
 }
 BASELINE = ROWS["no fusion"]
@@ -90,18 +104,25 @@ class Pass:
                 inputs.append(torch.rand(batch, rows * columns, generator=generator).argsort(1)[:, :keep])
         return inputs
 
-    def bind(self, model: DeepAVFusion, inputs: list[Tensor], backend: str | None) -> Callable[[], tuple[Tensor, ...]]:
+    def bind(
+        self, model: DeepAVFusion, inputs: list[Tensor], backend: str | None, way: str = "plain"
+    ) -> Callable[[], tuple[Tensor, ...]]:
         """A call without arguments that runs the pass and returns the encoder's three outputs."""
+        run = model
+        if way == "compiled":
+            run = torch.compile(model, dynamic=False)
+        elif way == "graphs":
+            run = model.graphed(*inputs)
 
         def infer():
             with torch.inference_mode(), avfkernels.backend(backend):
-                return model(*inputs)
+                return run(*inputs)
 
         def train():
             with avfkernels.backend(backend):
                 try:
                     with torch.autocast("cuda", torch.bfloat16, enabled=inputs[0].is_cuda):
-                        outputs = model(*inputs)
+                        outputs = run(*inputs)
                     scalar(outputs).backward()
                 finally:
                     model.zero_grad()

@@ -30,12 +30,18 @@ def save(folder: Path, slug: str, device: str, sections: dict[str, dict]) -> Pat
 def render(path: Path) -> None:
     """Writes the .md and, if there is something to draw, the .png beside a results file."""
     results = json.loads(path.read_text())
-    charted = [section for section in results["sections"].values() if any("flop_ratio" in r for r in section["rows"])]
+    scaling = [section for section in results["sections"].values() if "x" in section]
+    charted = [section for section in results["sections"].values() if "x" not in section
+               and any("flop_ratio" in row for row in section["rows"])]  # fmt: skip
     growing = [section for section in results["sections"].values() if "line" in section]
     text = f"# {results['device']}\n\n"
     if charted:
         _replace(path.with_suffix(".png"), lambda part: chart(results["device"], charted, part))
         text += f"![Time and memory relative to {charted[0]['baseline']}]({path.stem}.png)\n\n"
+    if scaling:
+        curves = path.with_name(f"{path.stem}-scaling.png")
+        _replace(curves, lambda part: scaling_chart(results["device"], scaling, part))
+        text += f"![Time relative to no fusion against batch and tokens]({curves.name})\n\n"
     if growing:
         growth = path.with_name(f"{path.stem}-growth.png")
         _replace(growth, lambda part: growth_chart(results["device"], growing, part))
@@ -210,7 +216,37 @@ def _legend(figure) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, labelcolor=INK)
 
 
-LINES = {"materialised": "--", "eager": ":", "automatic": "-"}  # by the last word of a line's name
+LINES = {"materialised": "--", "eager": ":", "automatic": "-", "ours": "-"}  # by the last word of a line's name
+
+
+def scaling_chart(device: str, sections: list[dict], path: Path) -> None:
+    """Time relative to no fusion of each line against the size of the input, which doubles along the axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure.suptitle(f"The price of early fusion on {device}", fontsize=14, fontweight="bold", color=INK)
+    panels = figure.subplots(1, len(sections), squeeze=False)[0]
+    for axes, section in zip(panels, sections, strict=True):
+        for line in dict.fromkeys(row["line"] for row in section["rows"]):
+            points = [row for row in section["rows"] if row["line"] == line and "time_ratio" in row]
+            kind, _, way = line.partition(", ")
+            colour = {"dense": COLOURS["ours"], "factorized": FLOOR}.get(kind, BASELINES)
+            x, y = [row["x"] for row in points], [row["time_ratio"]["median"] for row in points]
+            axes.loglog(x, y, color=colour, linestyle=LINES.get(way, "-"), marker="o", markersize=4, label=line)
+        ticks = sorted({row["x"] for row in section["rows"]})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        low, high = axes.get_ylim()
+        steps = [step for step in (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if low <= step <= high]
+        axes.set_yticks(steps, [f"{step} ×" for step in steps], minor=False)
+        axes.set_yticks([], minor=True)
+        axes.set_xlabel(section["x"], color=INK)
+        axes.set_title(f"time relative to {section['baseline']}", loc="left", fontsize=10.5, color=INK)
+        axes.grid(color=GRID)
+        axes.tick_params(colors=INK)
+        axes.spines[:].set_visible(False)
+    panels[0].legend(frameon=False, labelcolor=INK)
+    figure.savefig(path, dpi=150, format="png", facecolor="white")
 
 
 def growth_chart(device: str, sections: list[dict], path: Path) -> None:

@@ -44,6 +44,8 @@ def memory_on_cpu(exact, device, batch_size, progress) -> dict[str, dict[str, in
     """Row -> pass -> bytes; empty on CUDA, where memory is measured beside the time."""
     peaks = {}
     for row in ROWS.values() if device.type == "cpu" else ():
+        if row.why_not(device, training=False):
+            continue
         progress(f"peak memory, batch {batch_size}", row.name)
         peaks[row.name] = encoder.peak_memory_on_cpu(row, batch_size)
     return peaks
@@ -60,10 +62,11 @@ def table(request, exact, models, memory_on_cpu, device, batch_size, effort, pro
         for x in pass_.inputs(BASELINE.config, batch_size)
     ]
     calls, outputs, peaks = {}, {}, {}
-    for row in ROWS.values():
+    shown = {name: row for name, row in ROWS.items() if not row.why_not(device, training=pass_.training)}
+    for row in shown.values():
         progress(f"{pass_.title}: the first pass of each row", row.name)
-        call = pass_.bind(models[pass_.training][row.config], inputs, row.backend)
         try:
+            call = pass_.bind(models[pass_.training][row.config], inputs, row.backend, row.way)
             if device.type == "cuda":
                 outputs[row.name] = call()
                 peaks[row.name] = measure.peak_memory(call, device)
@@ -86,11 +89,11 @@ def table(request, exact, models, memory_on_cpu, device, batch_size, effort, pro
     # Materialised rows are slow: they take turns with the baseline on their own, so that what is compared is close by.
     times, summary = {}, {}
     for materialised in (True, False):
-        group = {row.name for row in ROWS.values() if row.materialised == materialised} | {BASELINE.name}
+        group = {row.name for row in shown.values() if row.materialised == materialised} | {BASELINE.name}
         turns = {name: call for name, call in calls.items() if name in group}
         timed = measure.in_turns(turns, device, effort, progress=lambda text: progress(f"{pass_.title}: timing", text))
         times, summary = times | timed, summary | measure.summarise(timed)
-    rows = [result(pass_, row, summary.get(row.name), peaks, batch_size) for row in ROWS.values()]
+    rows = [result(pass_, row, summary.get(row.name), peaks, batch_size) for row in shown.values()]
     section = {
         "title": pass_.title,
         "batch": batch_size,
@@ -102,7 +105,10 @@ def table(request, exact, models, memory_on_cpu, device, batch_size, effort, pro
         "notes": notes(pass_, device, exact, agreement),
     }
     publish(f"encoder_{1 + PASSES.index(pass_)}_{pass_.name}", section)
-    return pass_.title, {row["name"]: (row, times.get(row["name"], [])) for row in rows}
+    absent = {name: {"name": name, "note": row.why_not(device, training=pass_.training)} for name, row in ROWS.items()}
+    return pass_.title, {
+        name: (row, times.get(name, [])) for name, row in (absent | {row["name"]: row for row in rows}).items()
+    }
 
 
 UNITS = {
@@ -142,7 +148,8 @@ def notes(pass_: Pass, device: torch.device, exact: float, agreement: dict[str, 
     timed = f", and as timed by at most {max(agreement.values()):.0e} relative" if agreement else ""
     lines = [
         "materialised: the paper's equations with every pair in memory and the fusion tokens concatenated, as "
-        "released. late: factorized fusion in the last layer only.",
+        "released. eager: the rewrites in plain PyTorch. ours: with the kernels that are faster here. late: factorized "
+        "fusion in the last layer only.",
         "Rows are timed in turns, the materialised ones apart; the time ratio is the median over rounds of the ratio "
         "to no fusion in the same round. It is held against the floor, the ratio of the FLOP that the row's layers "
         "execute.",
@@ -150,6 +157,8 @@ def notes(pass_: Pass, device: torch.device, exact: float, agreement: dict[str, 
         f"Checked before timing: ours and materialised differ by at most {exact:.0e} in float64 (two layers, outputs "
         f"and gradients){timed}.",
     ]
+    if device.type == "cuda":
+        lines.append("compiled: ours under torch.compile. graphs: ours as a CUDA graph (`model.graphed`).")
     if pass_.name == "full":
         lines.append("paper: Table 6 of Mo & Morgado, CVPR 2024, as measured by its authors on their own hardware.")
     return lines

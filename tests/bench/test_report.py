@@ -63,6 +63,27 @@ def test_files_of_a_run(tmp_path):
     assert len(image) > 20_000
 
 
+def test_curves_are_drawn(tmp_path):
+    rows = [
+        row(f"batch {x}: {line}", 1.0 + x / 10, 100, line=line, x=x)
+        for line in ("no fusion", "dense, ours", "dense, materialised")
+        for x in (1, 4)
+    ]
+    rows.append({"name": "batch 16: dense, materialised", "line": "dense, materialised", "x": 16, "note": "left out"})
+    path = report.save(tmp_path, "cpu-x", "CPU X", {"scaling": section("The batch", rows) | {"x": "batch"}})
+    assert "cpu-x-scaling.png" in path.with_suffix(".md").read_text()
+    assert len((tmp_path / "cpu-x-scaling.png").read_bytes()) > 20_000
+
+
+def test_rows_that_need_cuda_say_so():
+    for name, kept in {"dense, ours": None, "dense, compiled": "on CUDA", "dense, graphs": "on CUDA"}.items():
+        assert encoder.ROWS[name].why_not(CPU, training=False) == kept
+    cuda = torch.device("cuda")
+    assert encoder.ROWS["dense, graphs"].why_not(cuda, training=True) == "inference only"
+    assert encoder.ROWS["dense, graphs"].why_not(cuda, training=False) is None
+    assert encoder.ROWS["dense, compiled"].why_not(cuda, training=True) is None
+
+
 def test_a_run_replaces_only_its_sections(tmp_path):
     report.save(tmp_path, "cpu-x", "CPU X", {"a": ENCODER, "b": section("Op, old", OP_ROWS)})
     path = report.save(tmp_path, "cpu-x", "CPU X", {"b": section("Op, new", OP_ROWS)})
