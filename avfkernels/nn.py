@@ -179,18 +179,25 @@ class LatentCrossAttention(_Attention):
                 out = checkpoint(self._absorbed, q, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 out = self._absorbed(q, x)
-            weights = _softmax_weights(self._absorb(q), x.unsqueeze(1), self.scale) if return_attention else None
+            weights = None
+            if return_attention:
+                weights = _softmax_weights(self._absorb(q, self._weights()[0]), x.unsqueeze(1), self.scale)
         out = self.project(out)
         return (out, weights) if return_attention else out
 
-    def _absorb(self, q):
+    def _weights(self):
+        """Of keys and of values, each [H, d, D]. Unbound together, so that their gradients are joined in one copy."""
+        return self.kv.weight.unflatten(0, (2, self.num_heads, -1)).unbind(0)
+
+    @staticmethod
+    def _absorb(q, w_k):
         # k_n = W_k x_n + b_k: q . b_k is the same for every n and leaves the softmax; W_k^T q meets x itself.
-        w_k = self.kv.weight.unflatten(0, (2, self.num_heads, -1))[0]  # [H, d, D]
         return torch.einsum("bhmd,hde->bhme", q, w_k)
 
     def _absorbed(self, q, x):
         # v_n = W_v x_n + b_v: the weights sum to 1, so W_v and b_v act once, on the attended mean of x.
-        q, w_v = self._absorb(q), self.kv.weight.unflatten(0, (2, self.num_heads, -1))[1]
+        w_k, w_v = self._weights()
+        q = self._absorb(q, w_k)
         context = latent_attention(q.flatten(1, 2), x, scale=self.scale).view_as(q)
         out = torch.einsum("bhme,hde->bhmd", context, w_v)
         if self.kv.bias is not None:

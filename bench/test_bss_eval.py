@@ -32,7 +32,7 @@ def signals(pairs: int) -> tuple[Tensor, Tensor]:
 def by_mir_eval(references: np.ndarray, estimates: np.ndarray) -> list[np.ndarray]:
     """SDR, SIR and SAR, each [pairs, 2]."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated there, and moves to bsseval with the same figures
+        warnings.simplefilter("ignore")  # it is deprecated there
         scores = [mir_eval.separation.bss_eval_sources(r, e, compute_permutation=False)[:3]
                   for r, e in zip(references, estimates, strict=True)]  # fmt: skip
     return [np.stack(column) for column in zip(*scores, strict=True)]
