@@ -10,7 +10,7 @@ ABI_VERSION = 2  # AVF_ABI_VERSION of csrc/avf.h
 PATH = Path(__file__).with_name("libavfkernels.so")
 ERRORS = {1: "out of memory"}  # AvfError of csrc/avf.h
 
-CUDA_ABI_VERSION = 1  # AVF_CUDA_ABI_VERSION of csrc/avf_cuda.h
+CUDA_ABI_VERSION = 2  # AVF_CUDA_ABI_VERSION of csrc/avf_cuda.h
 CUDA_PATH = Path(__file__).with_name("libavfkernels_cuda.so")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 CSRC = Path(__file__).parents[1] / "csrc"
 ARCHS = ("80", "90a", "100", "120")
 MAX_WARPS = 8  # of a block, csrc/pair_attention.cuh
-KERNEL = re.compile(r"_Z\d+(pair_\w+)_kernelI4(Bf16|Fp16)Li(\d+)ELi(\d+)E")
+KERNEL = re.compile(r"_Z\d+(pair_\w+)_kernelI4(Bf16|Fp16)((?:Li\d+E)+)E")
 
 
 def why_not() -> str | None:
@@ -47,6 +47,20 @@ def _compile(source: Path, arch: str, folder: Path) -> tuple[str, str]:
     return report, _run(_cuobjdump(), "-sass", built)
 
 
+def _dynamic(kernel: str, dk: int, dv: int = 0) -> int:
+    """Bytes of shared memory that a launch asks for: 16 queries of a warp, fp32."""
+    widths = {
+        "pair_sum_forward": dv + 2,
+        "pair_product_forward": dv + 2,
+        "pair_sum_backward": dk,
+        "pair_product_delta": 1,
+        "pair_product_first": dk,
+        "pair_product_second": 0,
+        "pair_product_merge": 0,
+    }
+    return MAX_WARPS * 16 * widths[kernel] * 4
+
+
 @functools.cache
 def rows() -> list[dict]:
     """One row a kernel, dtype, widths and architecture; shared memory in bytes, that of the largest block."""
@@ -58,16 +72,16 @@ def rows() -> list[dict]:
         bodies = dict(function.split(maxsplit=1) for function in sass.split("Function : ")[1:])
         for text in report.split("Compiling entry function ")[1:]:
             name = text.split("'")[1]
-            kernel, dtype, dk, dv = KERNEL.match(name).groups()
+            kernel, dtype, widths = KERNEL.match(name).groups()
+            widths = re.findall(r"\d+", widths)
             static = re.search(r"(\d+) bytes smem", text)
-            width = int(dk) if kernel == "pair_sum_backward" else int(dv) + 2
             table.append(
                 {
-                    "kernel": f"{kernel} {dtype.lower()} {dk}/{dv}",
+                    "kernel": f"{kernel} {dtype.lower()} {'/'.join(widths)}",
                     "arch": f"sm_{arch}",
                     "registers": int(re.search(r"Used (\d+) registers", text)[1]),
                     "spills": int(re.search(r"(\d+) bytes spill stores", text)[1]),
-                    "shared memory": int(static[1] if static else 0) + MAX_WARPS * 16 * width * 4,
+                    "shared memory": int(static[1] if static else 0) + _dynamic(kernel, *map(int, widths)),
                     "mma instructions": len(re.findall(r"\bHMMA\.", bodies[name])),
                     "transposes": len(re.findall(r"\bMOVM\.", bodies[name])),
                 }

@@ -5,7 +5,7 @@
 #define AVF_CUDA_API extern "C" __attribute__((visibility("default")))
 
 // Raised whenever a signature or a struct below changes; the loader refuses a library of another version.
-#define AVF_CUDA_ABI_VERSION 1
+#define AVF_CUDA_ABI_VERSION 2
 AVF_CUDA_API int avf_cuda_abi_version();
 
 // What a code other than 0 means; the codes are those of cudaError_t.
@@ -20,17 +20,21 @@ struct AvfCudaTensor {
     int64_t stride_b, stride_h, stride_n;  // in elements
 };
 
+// The most warps of a block. Backward of products gives each a token of side 0 and adds up what they find of grad_q.
+#define AVF_CUDA_MAX_WARPS 8
+
 // Pair attention (see csrc/pair_attention.h for the mathematics). What is declared float is fp32 and contiguous.
-// Widths are 16, 32 or 64. Products have no backward.
+// Widths are 16, 32 or 64. S, the number of softmaxes, is 2 for sums and 1 for products.
 struct AvfCudaPairAttention {
     AvfCudaTensor q, k[2], v[2];                // [B, H, F, dk], [B, H, N, dk], [B, H, N, dv]
     const uint8_t* mask[2];                     // [B, N], nonzero = attend, contiguous; null = attend to all
     AvfCudaTensor out;                          // [B, H, F, dv]                          written by forward
     float* lse;                                 // [B, H, F] or null                      written by forward
-    float* saved_softmax;                       // [2, 2, B, H, F] or null: what backward needs
+    float* saved_softmax;                       // [S, 2, B, H, F] or null: what backward needs
     AvfCudaTensor grad_out;                     // [B, H, F, dv]                          backward only
     const float* grad_lse;                      // [B, H, F] or null                      backward only
-    float* delta;                               // [2, B, H, F]: scratch of backward
+    float* delta;                               // [S, B, H, F]: scratch of backward
+    float* grad_q_parts;                        // [ceil(N[0] / AVF_CUDA_MAX_WARPS), B, H, F, dk]: the same, of products
     AvfCudaTensor grad_q, grad_k[2], grad_v[2]; //                                        written by backward
     int64_t B, H, F, N[2], dk, dv;
     void* stream;

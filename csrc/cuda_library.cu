@@ -20,5 +20,5 @@ AVF_CUDA_API int avf_cuda_pair_attention_forward(const AvfCudaPairAttention* a) 
 
 AVF_CUDA_API int avf_cuda_pair_attention_backward(const AvfCudaPairAttention* a) {
     if (!aligned(*a)) return cudaErrorMisalignedAddress;
-    return a->interaction == AVF_CUDA_PRODUCT ? cudaErrorNotSupported : pair_sum_backward(*a);
+    return a->interaction == AVF_CUDA_PRODUCT ? pair_product_backward(*a) : pair_sum_backward(*a);
 }

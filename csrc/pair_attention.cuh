@@ -5,7 +5,7 @@
 #include "warp.cuh"
 
 constexpr int QUERIES = 16;   // of a block: the rows of mma.m16n8k16
-constexpr int MAX_WARPS = 8;  // of a block
+constexpr int MAX_WARPS = AVF_CUDA_MAX_WARPS;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // A row of D numbers lies in the four lanes of a quad as words of two, D / 8 a lane; a lane reads and writes 16 bytes
@@ -64,6 +64,10 @@ struct Rows {
             for (int j = 0; j < V; ++j) words.word[j] = row[i + j];
             if (n < count) *at<D>(n, i) = words;
         }
+    }
+    // Columns d, d + 1 of row n.
+    __device__ __forceinline__ void write(int64_t n, int d, uint32_t word) const {
+        *reinterpret_cast<uint32_t*>(data + n * stride + d) = word;
     }
 };
 
@@ -182,7 +186,7 @@ __device__ __forceinline__ void write_merged(const AvfCudaPairAttention& a, cons
                 a.saved_softmax[row_of(a, task, 2 * s + 1, f)] = factor;
             }
         }
-        *reinterpret_cast<uint32_t*>(out.data + f * out.stride + d) = pack<T>(sums[0], sums[1]);
+        out.write(f, d, pack<T>(sums[0], sums[1]));
         if (d == 0 && a.lse) a.lse[row_of(a, task, 0, f)] = lse;
     }
 }
@@ -212,3 +216,4 @@ cudaError_t with_types(const AvfCudaPairAttention& a, Run run) {
 cudaError_t pair_sum_forward(const AvfCudaPairAttention& a);
 cudaError_t pair_sum_backward(const AvfCudaPairAttention& a);
 cudaError_t pair_product_forward(const AvfCudaPairAttention& a);
+cudaError_t pair_product_backward(const AvfCudaPairAttention& a);

@@ -36,16 +36,9 @@ pair_product_forward_kernel(const AvfCudaPairAttention a, int blocks) {
             uint32_t row[DK / 8], qa[2][DK / 8];
             key_factors.load<DK>(i, tokens1.count, row);
 #pragma unroll
-            for (int w = 0; w < DK / 8; ++w) {
-                float low, high;
-                unpack<T>(row[w], low, high);
+            for (int w = 0; w < DK / 8; ++w)
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    float q_low, q_high;
-                    unpack<T>(q[r][w], q_low, q_high);
-                    qa[r][w] = pack<T>(q_low * low, q_high * high);
-                }
-            }
+                for (int r = 0; r < 2; ++r) qa[r][w] = multiply<T>(q[r][w], row[w]);
             float p[STEP / 8][4] = {};
 #pragma unroll
             for (int n = 0; n < STEP / 8; ++n) {

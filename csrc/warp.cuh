@@ -74,6 +74,22 @@ __device__ __forceinline__ void unpack<Fp16>(uint32_t x, float& low, float& high
         : "r"(x));
 }
 
+// The product of two pairs, each rounded once. For bf16, sm_80 has it as a fused addition of -0.
+template <class T>
+__device__ __forceinline__ uint32_t multiply(uint32_t x, uint32_t y);
+template <>
+__device__ __forceinline__ uint32_t multiply<Bf16>(uint32_t x, uint32_t y) {
+    uint32_t z;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(0x80008000u));
+    return z;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply<Fp16>(uint32_t x, uint32_t y) {
+    uint32_t z;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
 __device__ __forceinline__ float* shared_memory() {
     extern __shared__ float4 shared[];
     return reinterpret_cast<float*>(shared);

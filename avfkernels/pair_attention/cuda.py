@@ -20,11 +20,13 @@ BACKWARD_SCHEMA = (
 )
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # AvfCudaDtype of csrc/avf_cuda.h
 INTERACTIONS = {"sum": 0, "product": 1}  # AvfCudaInteraction
+SOFTMAXES = {"sum": 2, "product": 1}  # one a side, or one over all pairs
 WIDTHS = (16, 32, 64)
 MAX_TOKENS = 2**30
+MAX_WARPS = 8  # AVF_CUDA_MAX_WARPS
 
-# AvfCudaPairAttention of csrc/avf_cuda.h: 12 tensors of 4 words, 6 pointers and 7 sizes; stream; scale; two enums.
-_ARGUMENTS = struct.Struct("61q Q f 2i 4x")
+# AvfCudaPairAttention of csrc/avf_cuda.h: 12 tensors of 4 words, 7 pointers and 7 sizes; stream; scale; two enums.
+_ARGUMENTS = struct.Struct("62q Q f 2i 4x")
 
 
 def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, dropout_p, seed, return_lse):
@@ -39,15 +41,13 @@ def _wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def why_not(*, q, k1, v1, k2, v2, interaction, dropout_p, **_) -> str | None:
+def why_not(*, q, k1, v1, k2, v2, dropout_p, **_) -> str | None:
     if q.device.type != "cuda":
         return f"the tensors are on {q.device.type}, not on a CUDA device"
     if q.dtype not in DTYPES:
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if dropout_p > 0.0:
         return "it has no dropout"
-    if interaction != "sum" and _wants_gradients(q, k1, v1, k2, v2):
-        return "it has no gradients of products"
     if q.shape[-1] not in WIDTHS or v1.shape[-1] not in WIDTHS:
         return f"it takes widths of 16, 32 and 64, not {q.shape[-1]} and {v1.shape[-1]}"
     for name, tensor in (("q", q), ("k1", k1), ("v1", v1), ("k2", k2), ("v2", v2)):
@@ -74,10 +74,10 @@ def _like(tensor: Tensor, width: int) -> Tensor:
     return tensor.new_empty(B, N, H, width).transpose(1, 2)
 
 
-def _outputs(q: Tensor, v1: Tensor, return_lse: bool, save: bool) -> tuple[Tensor, ...]:
+def _outputs(q: Tensor, v1: Tensor, interaction: str, return_lse: bool, save: bool) -> tuple[Tensor, ...]:
     B, H, F, _ = q.shape
     lse = q.new_empty((B, H, F) if return_lse else 0, dtype=torch.float32)
-    saved_softmax = q.new_empty((2, 2, B, H, F) if save else 0, dtype=torch.float32)
+    saved_softmax = q.new_empty((SOFTMAXES[interaction], 2, B, H, F) if save else 0, dtype=torch.float32)
     return _like(q, v1.shape[3]), lse, saved_softmax
 
 
@@ -92,16 +92,16 @@ def _strided(tensor: Tensor | None) -> tuple[int, ...]:
 
 def _call(
     function: str, q, k1, v1, k2, v2, scale, interaction, mask1, mask2, saved_softmax,
-    out=None, lse=None, grad_out=None, grad_lse=None, delta=None, grads=(None,) * 5,
+    out=None, lse=None, grad_out=None, grad_lse=None, delta=None, grad_q_parts=None, grads=(None,) * 5,
 ):  # fmt: skip
     grad_q, grad_k1, grad_v1, grad_k2, grad_v2 = grads
     with _on(q.device) as stream:
         arguments = _ARGUMENTS.pack(
             *_strided(q), *_strided(k1), *_strided(k2), *_strided(v1), *_strided(v2), _pointer(mask1), _pointer(mask2),
             *_strided(out), _pointer(lse), _pointer(saved_softmax), *_strided(grad_out), _pointer(grad_lse),
-            _pointer(delta), *_strided(grad_q), *_strided(grad_k1), *_strided(grad_k2), *_strided(grad_v1),
-            *_strided(grad_v2), *q.shape[:3], k1.shape[2], k2.shape[2], q.shape[3], v1.shape[3], stream, scale,
-            DTYPES[q.dtype], INTERACTIONS[interaction],
+            _pointer(delta), _pointer(grad_q_parts), *_strided(grad_q), *_strided(grad_k1), *_strided(grad_k2),
+            *_strided(grad_v1), *_strided(grad_v2), *q.shape[:3], k1.shape[2], k2.shape[2], q.shape[3], v1.shape[3],
+            stream, scale, DTYPES[q.dtype], INTERACTIONS[interaction],
         )  # fmt: skip
         _native.check_cuda(getattr(_native.cuda_library(), function)(arguments), function)
 
@@ -121,7 +121,7 @@ class _on:
 
 
 def kernel(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, return_lse, save):
-    out, lse, saved_softmax = _outputs(q, v1, return_lse, save)
+    out, lse, saved_softmax = _outputs(q, v1, interaction, return_lse, save)
     mask1, mask2 = (None if mask is None else mask.contiguous() for mask in (mask1, mask2))
     _call(
         "avf_cuda_pair_attention_forward", q, k1, v1, k2, v2, scale, interaction, mask1, mask2,
@@ -131,7 +131,7 @@ def kernel(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, return_lse, save
 
 
 def fake(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, return_lse, save):
-    return _outputs(q, v1, return_lse, save)
+    return _outputs(q, v1, interaction, return_lse, save)
 
 
 def backward_kernel(grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, scale, interaction, mask1, mask2):
@@ -141,10 +141,12 @@ def backward_kernel(grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, scale,
     elif grad_out.stride(-1) != 1 or not _aligned(grad_out):
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     mask1, mask2, grad_lse = (None if t is None else t.contiguous() for t in (mask1, mask2, grad_lse))
-    delta = q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
+    delta = q.new_empty((SOFTMAXES[interaction], *q.shape[:3]), dtype=torch.float32)
+    parts = -(-k1.shape[2] // MAX_WARPS) if interaction == "product" else 0
+    grad_q_parts = q.new_empty((parts, *q.shape), dtype=torch.float32)
     _call(
         "avf_cuda_pair_attention_backward", q, k1, v1, k2, v2, scale, interaction, mask1, mask2, saved_softmax,
-        grad_out=grad_out, grad_lse=grad_lse, delta=delta, grads=grads,
+        grad_out=grad_out, grad_lse=grad_lse, delta=delta, grad_q_parts=grad_q_parts, grads=grads,
     )  # fmt: skip
     return grads
 

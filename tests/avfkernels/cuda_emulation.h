@@ -22,7 +22,6 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorMisalignedAddress = 716,
-    cudaErrorNotSupported = 801,
 };
 inline const char* cudaGetErrorString(cudaError_t code) {
     if (code == cudaErrorMisalignedAddress) return "misaligned address";
@@ -217,6 +216,13 @@ template <class T>
 void unpack(uint32_t x, float& low, float& high) {
     low = emulation::widen(T{}, emulation::half_of(x, 0));
     high = emulation::widen(T{}, emulation::half_of(x, 1));
+}
+template <class T>
+uint32_t multiply(uint32_t x, uint32_t y) {
+    float low[2], high[2];
+    unpack<T>(x, low[0], high[0]);
+    unpack<T>(y, low[1], high[1]);
+    return pack<T>(low[0] * low[1], high[0] * high[1]);
 }
 
 template <class... Args>
