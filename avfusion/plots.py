@@ -98,15 +98,16 @@ def plot_clip(
 
 def plot_curve(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
     """Draw what evaluations of a run have found over its epochs: `rows` as in evaluations.csv."""
-    figure = Figure(figsize=(6.4, 4), dpi=110, layout="constrained")
-    panel = figure.add_subplot()
     epochs, names = [row["epoch"] for row in rows], [name for name in rows[-1] if name not in ("step", "epoch")]
+    columns = max(1, min(5, 80 // (max(map(len, names), default=0) + 8)))  # of the legend, no wider than the picture
+    figure = Figure(figsize=(6.4, 3.7 + 0.23 * -(-len(names) // columns)), dpi=110, layout="constrained")
+    panel = figure.add_subplot()
     for name in names:
         style = {"color": "0.5", "linestyle": ":"} if name == "chance" else {"marker": "o", "markersize": 3}
         panel.plot(epochs, [row[name] for row in rows], label=name, **style)
     panel.set(xlabel="epoch")
     panel.grid(alpha=0.3)
-    panel.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
+    panel.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
     figure.savefig(path)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
     from avfusion.synth.scene import Settings
 
-FORMAT = 1  # raise it when the same settings make other clips than before
+FORMAT = 2  # raise it when the same settings make other clips than before
 PREVIEW_CLIPS = 12
 LAYOUTS = (
     "vggsound", "vggsound-music", "vggsound-instruments", "vggss", "audioset", "music", "avsbench", "flickr-soundnet",
@@ -28,7 +28,9 @@ HELP = """\
 Make an audio-visual data set with ground truth, in the files of a public one.
 
 One to three textured objects move over a landscape or in a room; what sounds, shines and moves with its sound. There
-are silent objects and sounds from off screen. --task decides what the labels of the annotation files mean:
+are silent objects and sounds from off screen. Some layouts are close-ups, as their public sets are: two large objects,
+one of which sounds (vggss, flickr-soundnet), or only what sounds (vggsound-music, vggsound-instruments, music). --task
+decides what the labels of the annotation files mean:
 
   classes      what sounds: each class has a look and a timbre
   conjunction  (look + timbre) mod classes: neither picture nor sound, nor any sum of both, tells the label

@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     seconds: float | None = None  # None: as the settings say
     times: np.ndarray | None = None  # of the frames; None: a video
     variant: str = ""
+    close: bool = False  # a close-up: large objects
+    alone: bool = False  # nothing else is seen or heard
 
 
 class Layout(NamedTuple):
@@ -61,7 +63,8 @@ class Clip(NamedTuple):
 def scene(settings: Settings, index: int) -> Scene:
     """The scene of a clip, without rendering it."""
     plan = LAYOUTS[settings.layout].plan(settings, index)
-    return draw_scene(settings, index, sources=plan.sources, seconds=plan.seconds)
+    how = {"sources": plan.sources, "seconds": plan.seconds, "close": plan.close, "alone": plan.alone}
+    return draw_scene(settings, index, **how)
 
 
 def clip_files(settings: Settings, index: int) -> Files:
@@ -165,6 +168,10 @@ def vggsound(settings: Settings, truths: list[dict]) -> Files:
     return {"annotations/vggsound.csv": _csv(rows)}
 
 
+def performance_plan(settings: Settings, index: int) -> Plan:
+    return Plan(_split(settings, index), close=True, alone=True)
+
+
 def vggsound_subset(name: str) -> Callable[[Settings, list[dict]], Files]:
     """VGGSound-Music and -Instruments: lists of clips a split, and pairs of test clips to mix and separate again."""
 
@@ -189,7 +196,7 @@ def vggsound_subset(name: str) -> Callable[[Settings, list[dict]], Files]:
 
 
 def vggss_plan(settings: Settings, index: int) -> Plan:
-    return Plan("test")
+    return Plan("test", close=True)
 
 
 def vggss(settings: Settings, truths: list[dict]) -> Files:
@@ -247,7 +254,8 @@ def audioset(settings: Settings, truths: list[dict]) -> Files:
 
 def music_plan(settings: Settings, index: int) -> Plan:
     duet = index % 4 == 3 and settings.task != "synchrony"
-    return Plan(_split(settings, index), sources=2 if duet else 1, variant="duet" if duet else "solo")
+    variant = "duet" if duet else "solo"
+    return Plan(_split(settings, index), sources=2 if duet else 1, variant=variant, close=True, alone=True)
 
 
 def music_media(clip: Clip) -> tuple[str, Files]:
@@ -325,7 +333,7 @@ FLICKR_SIDE, ANNOTATORS = 256, 3
 
 
 def flickr_plan(settings: Settings, index: int) -> Plan:
-    return Plan(_split(settings, index), times=np.array([settings.seconds / 2]))
+    return Plan(_split(settings, index), times=np.array([settings.seconds / 2]), close=True)
 
 
 def flickr_media(clip: Clip) -> tuple[str, Files]:
@@ -372,8 +380,8 @@ def folder(settings: Settings, truths: list[dict]) -> Files:
 
 LAYOUTS = {
     "vggsound": Layout(vggsound_plan, vggsound_media, vggsound),
-    "vggsound-music": Layout(vggsound_plan, vggsound_media, vggsound_subset("vggsound_music")),
-    "vggsound-instruments": Layout(vggsound_plan, vggsound_media, vggsound_subset("vggsound_instruments")),
+    "vggsound-music": Layout(performance_plan, vggsound_media, vggsound_subset("vggsound_music")),
+    "vggsound-instruments": Layout(performance_plan, vggsound_media, vggsound_subset("vggsound_instruments")),
     "vggss": Layout(vggss_plan, vggsound_media, vggss),
     "audioset": Layout(audioset_plan, audioset_media, audioset),
     "music": Layout(music_plan, music_media, music),

@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,9 @@ from avfusion.synth.timbres import TIMBRES
 
 TASKS = ("classes", "conjunction", "synchrony")
 RADIUS = ((0.15, 0.24), (0.13, 0.19), (0.1, 0.15))  # of one, two, three objects
+CLOSE_RADIUS = (0.24, 0.34)  # in a close-up
+CLOSE_CENTRE = (0.15, 0.85)  # there the range of x and of y
+CLOSE_APART = 0.4  # there from centre to centre, at least
 PAUSE = 0.45  # how far a silent, motionless object is lit, on the scale of `Actor.drive`
 
 
@@ -126,8 +131,20 @@ class Scene:
         return sorted({actor.label for actor in self.actors if actor.sounding and actor.label is not None})
 
 
-def draw_scene(settings: Settings, index: int, *, sources: int = 1, seconds: float | None = None) -> Scene:
+def draw_scene(
+    settings: Settings,
+    index: int,
+    *,
+    sources: int = 1,
+    seconds: float | None = None,
+    close: bool = False,
+    alone: bool = False,
+) -> Scene:
     """Draw clip `index` of a data set, with `sources` sounding objects on screen (synchrony: always one of two).
+
+    `close` (not of twins) is a close-up: objects are large and anywhere, also where the edge of the picture cuts them.
+    In the classes task one beside them is silent, so that the picture does not tell which of them sounds. `alone`:
+    nothing else is seen or heard, as in recordings of music.
 
     Labels are balanced: of every K clips of the classes task each label has one, of K^2 clips of the conjunction task
     each pair of look and timbre has one, and there label = (look + timbre) mod K. Neither look nor timbre then says
@@ -156,18 +173,19 @@ def draw_scene(settings: Settings, index: int, *, sources: int = 1, seconds: flo
         for k in others[: sources - 1]:
             heard = k if task == "classes" else int(rng.integers(count))
             cast.append((k, heard, k if task == "classes" else (k + heard) % count))
-        if task == "classes":  # a pair of look and timbre stays unambiguous where nothing else is seen or heard
-            silent = int(rng.integers(0, 4 - len(cast)))
+        # A pair of look and timbre stays unambiguous where nothing else is seen or heard.
+        if task == "classes" and not alone:
+            silent = 1 if close else int(rng.integers(0, 4 - len(cast)))
             cast += [(k, None, k) for k in others[sources - 1 : sources - 1 + silent]]
             if rng.random() < 0.25 and len(others) > sources - 1 + silent:
                 cast.append((None, others[-1], others[-1]))
-        actors = _place(rng, cast, seconds, rhythm_tells=task == "classes")
+        actors = _place(rng, cast, seconds, rhythm_tells=task == "classes", close=close)
     name = base64.urlsafe_b64encode(hashlib.sha256(f"{settings.seed} {index}".encode()).digest()[:8])[:11].decode()
     start, background = int(rng.integers(0, 300)), int(rng.integers(2**31))
     return Scene(name, start, background, seconds, tuple(actors), label, look, timbre, side)
 
 
-def _place(rng: np.random.Generator, cast: list, seconds: float, *, rhythm_tells: bool) -> list[Actor]:
+def _place(rng: np.random.Generator, cast: list, seconds: float, *, rhythm_tells: bool, close: bool) -> list[Actor]:
     """Give every member (look, timbre, label) of the cast a rhythm, and the visible ones a place and a path.
 
     A rhythm is seen too: unless `rhythm_tells`, it does not depend on the timbre.
@@ -180,8 +198,13 @@ def _place(rng: np.random.Generator, cast: list, seconds: float, *, rhythm_tells
         still = timbre is None and rng.random() < 0.5  # the other silent ones move to a rhythm that nobody hears
         notes = () if still else _notes(rng, struck, seconds)
         gain = rng.uniform(0.7, 1) if look is not None else rng.uniform(0.25, 0.4)
-        radius = rng.uniform(*RADIUS[visible - 1])
-        body = _body(rng, next(slots), visible, radius) if look is not None else {}
+        radius = rng.uniform(*(CLOSE_RADIUS if close else RADIUS[visible - 1]))
+        if look is None:
+            body = {}
+        elif close:
+            body = _close_body(rng, [actor.centre for actor in actors if actor.onscreen], radius)
+        else:
+            body = _body(rng, next(slots), visible, radius)
         seed = int(rng.integers(2**31))
         actors.append(Actor(look, timbre, label, notes, struck, gain=float(gain), seed=seed, **body))
     return sorted(actors, key=lambda actor: actor.centre[1])  # the nearer, the lower in the frame
@@ -228,6 +251,18 @@ def _body(rng: np.random.Generator, slot: int, slots: int, radius: float) -> dic
     roam = 0.4 * room
     x = np.clip((slot + 0.5) / slots + rng.uniform(-0.6, 0.6) * room, reach + roam, 1 - reach - roam)
     y = rng.uniform(max(0.42, reach + 0.14), 1 - reach - 0.06)  # room above for hopping
-    wander = (roam, rng.uniform(0.08, 0.3), rng.uniform(0, 6.3), 0.05, rng.uniform(0.08, 0.3), rng.uniform(0, 6.3))
-    return {"radius": float(radius), "centre": (float(x), float(y)), "wander": tuple(map(float, wander)),
+    return _moving(rng, radius, (x, y), (roam, 0.05))
+
+
+def _close_body(rng: np.random.Generator, others: list[tuple[float, float]], radius: float) -> dict:
+    """The same for an object of a close-up: the first one's centre is uniform, and leaves room for the next."""
+    while True:
+        centre = rng.uniform(*CLOSE_CENTRE, 2)
+        if all(math.dist(centre, other) >= CLOSE_APART for other in others):
+            return _moving(rng, radius, centre, (0.02, 0.02))
+
+
+def _moving(rng: np.random.Generator, radius: float, centre: Sequence[float], roam: tuple[float, float]) -> dict:
+    wander = [v for reach in roam for v in (reach, rng.uniform(0.08, 0.3), rng.uniform(0, 6.3))]
+    return {"radius": float(radius), "centre": tuple(map(float, centre)), "wander": tuple(map(float, wander)),
             "tilt": float(rng.uniform(-0.3, 0.3))}  # fmt: skip

@@ -75,22 +75,24 @@ PRESETS = {
     "retrieve": {
         "paper": TRAINED | {"epochs": 30, "warmup_epochs": 3.0},
         "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0,
-                         "contrast_dim": 64, "eval_epochs": 4},
+                         "contrast_dim": 64, "eval_epochs": 8},
     },
     "localize": {
         "paper": TRAINED | {"layout": "flickr-soundnet", "epochs": 30, "warmup_epochs": 3.0},
-        "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 600, "epochs": 12,
-                         "blr": 8e-3, "layer_decay": 1.0, "warmup_epochs": 1.0, "contrast_dim": 64, "eval_epochs": 5},
+        "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 1000,
+                         "epochs": 10, "blr": 8e-3, "layer_decay": 1.0, "warmup_epochs": 1.0, "contrast_dim": 64,
+                         "eval_epochs": 5},
     },
     "separate": {
         "paper": TRAINED | {"layout": "vggsound-music", "eval_split": "pairs", "epochs": 300, "warmup_epochs": 40.0},
         "tiny": SMALL | {"data": "data/tiny-separate", "layout": "vggsound-music", "eval_split": "pairs",
-                         "synth_clips": 600, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0, "eval_epochs": 4,
-                         "eval_clips": 32},
+                         "synth_clips": 600, "epochs": 3, "batch_size": 8, "blr": 32e-3, "warmup_epochs": 1.0,
+                         "eval_epochs": 3, "eval_clips": 32},
     },
     "segment": {
         "paper": TRAINED | {"layout": "avsbench", "epochs": 100, "warmup_epochs": 20.0},
-        "tiny": SMALL | {"data": "data/tiny-segment", "layout": "avsbench", "synth_clips": 300, "epochs": 6,
-                         "blr": 8e-3, "warmup_epochs": 1.0, "subset": "v2", "eval_epochs": 3, "eval_clips": 100},
+        "tiny": SMALL | {"data": "data/tiny-segment", "layout": "avsbench", "synth_clips": 300, "epochs": 3,
+                         "batch_size": 16, "blr": 16e-3, "warmup_epochs": 0.5, "subset": "v2", "eval_epochs": 3,
+                         "eval_clips": 100},
     },
 }  # fmt: skip

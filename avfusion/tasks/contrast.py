@@ -80,10 +80,13 @@ class Localize(Contrastive):
     name = "localize"
 
     def maps(self, model: Contrast, image: Tensor, audio: Tensor) -> dict[str, Tensor]:
-        """Maps by method, each [B, rows, columns]: the learnt one, the pre-trained encoder's two, the centre prior."""
+        """Maps by method, each [B, rows, columns]: the learnt one, the same for the sound of another clip of the batch,
+        the pre-trained encoder's two, the centre prior.
+        """
         patches, sound = model(image, audio)
         grid, encoder = self.encoder_config.image_grid, model.encoder
-        maps = {"contrast": torch.einsum("bpd,bd->bp", patches, sound).unflatten(1, grid)}
+        sounds = {"contrast": sound, "other sound": sound.roll(1, 0)}
+        maps = {name: torch.einsum("bpd,bd->bp", patches, x).unflatten(1, grid) for name, x in sounds.items()}
         maps["similarity"] = similarity_map(encoder, image, audio)
         if self.encoder_config.layers_with_fusion:
             maps["attention"] = attention_map(encoder, image, audio)

@@ -13,8 +13,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from avfusion.clips import LogMel
+from avfusion.heads.localization import center_prior
+from avfusion.metrics.localization import consensus_iou, consensus_map, localization_scores
+from avfusion.synth import layouts
 from avfusion.synth.command import synthesize
-from avfusion.synth.render import render_frames, render_sources
+from avfusion.synth.render import boxes, render_frames, render_sources
 from avfusion.synth.scene import Settings, draw_scene
 from avfusion.synth.timbres import TIMBRES
 
@@ -120,3 +123,50 @@ def test_twins_are_equally_likely_to_be_lit_at_any_time():
     lit = np.array(lit)
     assert np.abs(lit.mean(0)).max() < 3.5 / np.sqrt(len(lit))
     assert abs((lit[:, 1:] > lit[:, :-1]).mean() - (lit[:, 1:] < lit[:, :-1]).mean()) < 0.01
+
+
+@pytest.mark.parametrize("layout", ["flickr-soundnet", "vggss"])
+def test_localisation_has_two_objects_anywhere_and_hears_one(layout):
+    """The silent one is as large, and never at the same place. Bounds are four standard deviations."""
+    settings, count, centres, radii = Settings(layout, classes=6), 3000, [], []
+    for index in range(count):
+        scene = layouts.scene(settings, index)
+        silent, heard = sorted((actor for actor in scene.actors if actor.onscreen), key=lambda actor: actor.sounding)
+        assert (silent.sounding, heard.sounding) == (False, True)
+        assert heard.label == scene.label != silent.label
+        assert np.hypot(*np.subtract(heard.centre, silent.centre)) > 0.4 - 1e-9
+        centres.append(heard.centre)
+        radii.append((heard.radius, silent.radius))
+    ninths = np.histogram2d(*np.transpose(centres), bins=3, range=[(0.15, 0.85)] * 2)[0] / count
+    assert ninths.sum() == pytest.approx(1)
+    assert np.abs(ninths - 1 / 9).max() < 4 * np.sqrt(1 / 9 * 8 / 9 / count)
+    first, second = np.transpose(radii)
+    assert abs(first.mean() - second.mean()) < 4 * np.hypot(first.std(), second.std()) / np.sqrt(count)
+
+
+def test_localisation_has_boxes_large_enough_for_the_metric():
+    """It marks half of the picture: a map that knows the box must be far better than the centre."""
+    settings, count, truth = Settings("flickr-soundnet", classes=6, size=64), 150, []
+    for index in range(count):
+        scene = layouts.scene(settings, index)
+        _, masks = render_frames(scene, settings.size, np.array([2.0]))
+        (number,) = (n for n, actor in enumerate(scene.actors, 1) if actor.sounding and actor.onscreen)
+        (box,) = boxes(masks, number)
+        truth.append(consensus_map([[side / settings.size for side in box]], consensus=1))
+    truth = torch.stack(truth)
+    assert 1 / 4 < truth.mean() < 1 / 3
+    maps = {"box": torch.nn.functional.adaptive_avg_pool2d(truth, 14), "center": center_prior().expand(count, -1, -1)}
+    found = {name: localization_scores(consensus_iou(x, truth)) for name, x in maps.items()}
+    assert found["box"]["cIoU@0.5"] > 0.75
+    assert found["center"]["cIoU@0.5"] < 0.25
+    assert found["box"]["AUC"] > found["center"]["AUC"] + 0.2
+
+
+@pytest.mark.parametrize("layout", ["vggsound-music", "vggsound-instruments", "music"])
+def test_music_is_close_up_and_nothing_else_is_seen_or_heard(layout):
+    settings, counts = Settings(layout, classes=6), set()
+    for index in range(200):
+        scene = layouts.scene(settings, index)
+        assert all(actor.sounding and actor.onscreen and 0.24 <= actor.radius <= 0.34 for actor in scene.actors)
+        counts.add(len(scene.actors))
+    assert counts == ({1, 2} if layout == "music" else {1})

@@ -14,6 +14,7 @@ from avfusion.heads.contrast import Contrast, info_nce, similarity
 from avfusion.synth.command import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks.configs import PRESETS
+from avfusion.tasks.contrast import Localize
 from avfusion.tasks.downstream import load_run
 from avfusion.tasks.recognition import Finetune, Probe
 from avfusion.tasks.registry import TASKS
@@ -27,7 +28,7 @@ SUMMARY = {
     "probe": {"top-1", "chance"},
     "finetune": {"top-1", "chance"},
     "retrieve": {"audio_to_image_recall@10", "image_to_audio_median_rank", "nearest_neighbour_fusion"},
-    "localize": {"cIoU@0.5 contrast", "AUC attention", "cIoU@0.5 center"},
+    "localize": {"cIoU@0.5 contrast", "AUC attention", "cIoU@0.5 center", "AUC other sound"},
     "separate": {"SDR", "SIR", "SAR", "SDR mixture", "SDR oracle", "SDR NMF", "SAR RPCA"},
     "segment": {"mIoU (benchmark)", "mIoU (release)", "foreground F (benchmark)", "foreground mIoU (benchmark) center"},
 }
@@ -183,6 +184,16 @@ def test_contrast_compares_the_best_patch_and_never_mixes_clips():
     perfect = torch.eye(3) * 2 - 1
     assert info_nce(perfect, 0.05).item() < 1e-6 < info_nce(-perfect, 0.05).item()
     assert info_nce(torch.zeros(3, 3), 1.0).item() == pytest.approx(torch.tensor(3.0).log().item())
+
+
+def test_the_other_sound_of_localisation_is_that_of_another_clip():
+    torch.manual_seed(0)
+    task = Localize(TASKS["localize"][0](data="x", from_scratch=True, contrast_dim=8), ENCODER)
+    model, image, audio = task.build().eval(), torch.randn(3, 3, 64, 64), torch.randn(3, 1, 32, 64)
+    with torch.no_grad():
+        maps, moved = task.maps(model, image, audio), task.maps(model, image, audio[[2, 0, 1]])
+    torch.testing.assert_close(maps["other sound"], moved["contrast"])
+    assert (maps["other sound"] - maps["contrast"]).abs().amax((1, 2)).min() > 1e-3
 
 
 def test_presets_name_settings_that_exist():
