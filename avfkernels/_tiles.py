@@ -7,6 +7,8 @@ weighted sum of values, one row per query. Indices of a whole tensor are int64.
 import triton
 import triton.language as tl
 
+NO_POLICY = tl.constexpr("")  # of eviction; as a default, Triton 3.6 takes no plain string
+
 
 @triton.jit
 def at_head(p, strides, b, h):
@@ -14,7 +16,7 @@ def at_head(p, strides, b, h):
 
 
 @triton.jit
-def load_rows(p, rows, stride, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_rows(p, rows, stride, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVICT: tl.constexpr = NO_POLICY):
     """The given rows of a matrix [n, WIDTH] as a tile [rows, BLOCK], zero outside of it."""
     columns = tl.arange(0, BLOCK)
     inside = rows[:, None] < n

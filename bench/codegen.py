@@ -6,6 +6,7 @@ with the sizes of tiles that they choose.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import re
@@ -17,11 +18,13 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).parent / "results" / "codegen.md"
+PACKAGE = Path(__file__).parents[1] / "avfkernels"
 ARCHITECTURES = (80, 90, 100)
 # The most shared memory that a block may have, in bytes: 163, 227 and 227 KiB (CUDA C++ Programming Guide).
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORES = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 COLUMNS = ("kernel", "shape", "dtype", "arch", "registers", "spills", "shared memory", "tensor cores")
+CUDA_COLUMNS = ("kernel", "arch", "registers", "spills", "shared memory", "mma instructions", "transposes")
 
 
 def _pair(interaction: str, F: int, dk: int, dv: int, dropout_p: float = 0.0, tokens: tuple[int, int] = (96, 196)):
@@ -67,20 +70,31 @@ def _latent(D: int):
 
 def cases(every: bool = True) -> list[tuple[str, str, Callable]]:
     """(what, shape, function of a dtype that runs forward and backward): every kernel once, or each size of tile."""
-    once = [_pair("sum", 16, 16, 64), _pair("product", 16, 64, 64), _prefix(64, 64), _latent(768)]
+    once = [_pair("sum", 16, 16, 16, tokens=(4096, 4096)), _pair("product", 16, 16, 16), _prefix(16, 16), _latent(64)]
     if not every:
         return once
     return [
         *once,
-        *(_pair("sum", F, d, d) for F in (16, 196) for d in (16, 64, 128)),
-        _pair("sum", 196, 16, 64),
-        _pair("sum", 16, 16, 16, tokens=(4096, 4096)),
-        *(_pair("product", 16, *width) for width in ((16, 16), (16, 64), (128, 128))),
+        *(_pair("sum", F, *widths) for F in (16, 196) for widths in ((16, 16), (16, 64), (64, 64), (128, 128))),
+        *(_pair("product", 16, *widths) for widths in ((16, 64), (64, 64), (128, 128))),
         _pair("sum", 16, 16, 16, dropout_p=0.1),
         _pair("product", 16, 64, 64, dropout_p=0.1),
-        *(_prefix(d, d) for d in (16, 128)),
-        *(_latent(D) for D in (64, 1024)),
+        *(_prefix(d, d) for d in (64, 128)),
+        *(_latent(D) for D in (512, 768, 1024)),
     ]
+
+
+def entry_kernels() -> set[str]:
+    """The kernels of the sources, as module.function: what is @triton.jit and not called by what is."""
+    defined, called = set(), set()
+    for file in _files():
+        module = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+                defined.add(f"{module}.{node.name}")
+                calls = (inner.func for inner in ast.walk(node) if isinstance(inner, ast.Call))
+                called |= {function.id for function in calls if isinstance(function, ast.Name)}
+    return {name for name in defined if name.rpartition(".")[2] not in called}
 
 
 @contextlib.contextmanager
@@ -135,36 +149,49 @@ def triton_rows(every: bool = True, dtype: torch.dtype = torch.bfloat16) -> list
             with compiling(arch) as kernels:
                 run(dtype)
             for kernel in kernels:
-                names = {"kernel": f"{what}: {kernel.metadata.name.removesuffix('_kernel')}", "shape": shape}
+                function = kernel.src.fn
+                names = {"kernel": f"{what}: {function.__name__.removesuffix('_kernel')}", "shape": shape}
+                names["function"] = f"{function.__module__}.{function.__name__}"
                 rows.append(names | {"dtype": str(dtype)[6:], "arch": f"sm_{arch}"} | resources(kernel))
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([str(row.get(column, "")) for column in COLUMNS] for row in rows)]
+def table(rows: list[dict], columns: tuple[str, ...] = COLUMNS) -> str:
+    lines = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def committed() -> tuple[str, str, list[dict]]:
+    """Of the committed table: Triton's version, the fingerprint of the sources, and the rows of Triton's kernels."""
+    text = PATH.read_text().split("## CUDA")[0]
+    version, fingerprint = (re.search(rf"{before} (\S+)", text)[1] for before in ("## Triton", "Sources:"))
+    header, _, *lines = (line for line in text.splitlines() if line.startswith("|"))
+    names, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines))
+    return version, fingerprint, [dict(zip(names, row, strict=True)) for row in cells]
+
+
+def _files() -> list[Path]:
+    """What the Triton kernels are made of."""
+    return sorted([PACKAGE / "_tiles.py", *PACKAGE.glob("*/triton*.py")])
 
 
 def sources() -> str:
     """A fingerprint of the files that the Triton kernels are made of."""
-    folder = Path(__file__).parents[1] / "avfkernels"
-    files = sorted([folder / "_tiles.py", *folder.glob("*/triton*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in _files())).hexdigest()[:16]
 
 
 def markdown() -> str:
     import triton
 
-    text = (
+    from bench import codegen_cuda
+
+    reason = codegen_cuda.why_not()
+    cuda = f"Not compiled: {reason}.\n" if reason else table(codegen_cuda.rows(), CUDA_COLUMNS)
+    return (
         "# What the kernels compile to\n\nWritten by `python -m bench.codegen`, without a GPU. Registers and bytes "
         "spilled are those of a thread, bytes of shared memory those of a block.\n\n"
-        f"## Triton {triton.__version__}\n\nSources: {sources()}\n\n{table(triton_rows())}"
+        f"## Triton {triton.__version__}\n\nSources: {sources()}\n\n{table(triton_rows())}\n## CUDA\n\n{cuda}"
     )
-    try:
-        from bench.codegen_cuda import rows
-    except ImportError:  # no nvcc
-        return text
-    return f"{text}\n## CUDA\n\n{table(rows())}"
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ def backward_second_kernel(
     BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of the second set; tiles are [j, rows]."""
+    """Gradients of a tile of the second set. Tiles are [rows, j], not [j, rows]: warps divide the first side among
+    them, and one that is too short for all is computed several times."""
     ROWS: tl.constexpr = BLOCK_I * BLOCK_F
     tiles = tl.cdiv(N2, BLOCK_J)
     bh, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -178,19 +179,19 @@ def backward_second_kernel(
             a = load_rows(p_k1, i, stride_k1[2], N1, DK, BLOCK_DK)
             u = load_rows(p_v1, i, stride_v1[2], N1, DV, BLOCK_DV)
             qa, gu = row_factors(q, a, PRODUCT), row_factors(g, u, PRODUCT)
-            s = (dot(k, tl.trans(qa)) + row_logits(q, a, PRODUCT)[None, :]) * scale
+            s = (dot(qa, tl.trans(k)) + row_logits(q, a, PRODUCT)[:, None]) * scale
             p = tl.where(
-                inside[:, None] & counted(p_mask1, i, N1)[None, :],
-                tl.exp(s - offset[None, :]) * factor[None, :], 0.0,
+                counted(p_mask1, i, N1)[:, None] & inside[None, :],
+                tl.exp(s - offset[:, None]) * factor[:, None], 0.0,
             )  # fmt: skip
-            dp = dot(v, tl.trans(gu)) + row_logits(g, u, PRODUCT)[None, :]
+            dp = dot(gu, tl.trans(v)) + row_logits(g, u, PRODUCT)[:, None]
             kept = p
             if p_seed is not None:
                 keep = tl.full([ROWS, BLOCK_J], 1.0, tl.float32)
-                keep = tl.trans(drop(keep, p_seed, threshold, keep_factor, i, f, bh, tile * BLOCK_J, ROWS, BLOCK_J))
+                keep = drop(keep, p_seed, threshold, keep_factor, i, f, bh, tile * BLOCK_J, ROWS, BLOCK_J)
                 kept, dp = p * keep, dp * keep
-            grad_v = dot(kept.to(g.dtype), gu, grad_v)
-            grad_k = dot((p * (dp - delta[None, :])).to(q.dtype), qa, grad_k)
+            grad_v = dot(tl.trans(kept.to(g.dtype)), gu, grad_v)
+            grad_k = dot(tl.trans((p * (dp - delta[:, None])).to(q.dtype)), qa, grad_k)
     store_rows(at_head(p_grad_k2, stride_grad_k2, b, h), grad_k * scale, j, stride_grad_k2[2], N2, DK, BLOCK_DK)
     store_rows(at_head(p_grad_v2, stride_grad_v2, b, h), grad_v, j, stride_grad_v2[2], N2, DV, BLOCK_DV)
 
@@ -296,11 +297,13 @@ def _blocks(q, dv: int, backward: bool, drops: bool) -> dict:
     dk = q.shape[3]
     widest = max(padded(dk), padded(dv))
     if backward:
-        block_j, num_warps = (32, 4) if widest <= 16 else (32, 8) if dk == dv == 64 and not drops else (16, 8)
+        block_i, block_j, num_warps = (
+            (4, 32, 4) if widest <= 32 else (2, 32, 8) if widest > 64 else (4, 16 if drops else 32, 8)
+        )
     else:
-        block_j, num_warps = (32, 8) if widest > 64 else (32, 4) if drops else (64, 4)
+        block_i, block_j, num_warps = (4, 32, 8) if widest > 64 else (4, 32, 4) if drops else (4, 64, 4)
     return {
-        "DK": dk, "DV": dv, "BLOCK_I": 4, "BLOCK_F": BLOCK_F, "BLOCK_J": block_j,
+        "DK": dk, "DV": dv, "BLOCK_I": block_i, "BLOCK_F": BLOCK_F, "BLOCK_J": block_j,
         "BLOCK_DK": padded(dk), "BLOCK_DV": padded(dv),
         "num_warps": num_warps, "num_stages": 2,
     }  # fmt: skip
@@ -369,14 +372,8 @@ def backward(
             *inputs, delta, *grads[1:3], partial, *first_strides, *sizes, PRODUCT=product, **blocks
         )
         backward_second_kernel[(B * H * tiles2,)](
-            *inputs,
-            delta,
-            *grads[3:],
-            *strides,
-            *(t.stride()[:3] for t in grads[3:]),
-            *sizes,
-            PRODUCT=product,
-            **blocks,
-        )
+            *inputs, delta, *grads[3:], *strides, *(t.stride()[:3] for t in grads[3:]), *sizes,
+            PRODUCT=product, **blocks,
+        )  # fmt: skip
     grads[0].copy_(partial.sum(0))
     return grads

@@ -220,7 +220,8 @@ def grads_of_tokens(
     DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile of tokens from all queries; tiles are [tokens, queries]."""
+    """Gradients of one tile of tokens from all queries; tiles are [queries, tokens], the longer side first, which is
+    the one that warps divide among them."""
     tokens = n0 + tl.arange(0, BLOCK_N)
     k = load_rows(p_k, tokens, stride_k, n, DK, BLOCK_DK)
     v = load_rows(p_v, tokens, stride_v, n, DV, BLOCK_DV)
@@ -233,11 +234,11 @@ def grads_of_tokens(
         g = load_rows(p_g, rows, stride_g, F, DV, BLOCK_DV)
         offset, factor = load_softmax(p_softmax, rows, row0, total, F)
         delta = tl.load(p_delta + row0 + rows, mask=rows < F, other=0.0)
-        s = dot(k, tl.trans(q)) * scale
-        p = tl.where(inside[:, None], tl.exp(s - offset[None, :]) * factor[None, :], 0.0)
-        ds = p * (dot(v, tl.trans(g)) - delta[None, :])
-        grad_k = dot(ds.to(q.dtype), q, grad_k)
-        grad_v = dot(p.to(g.dtype), g, grad_v)
+        s = dot(q, tl.trans(k)) * scale
+        p = tl.where(inside[None, :], tl.exp(s - offset[:, None]) * factor[:, None], 0.0)
+        ds = p * (dot(g, tl.trans(v)) - delta[:, None])
+        grad_k = dot(tl.trans(ds.to(q.dtype)), q, grad_k)
+        grad_v = dot(tl.trans(p.to(g.dtype)), g, grad_v)
     store_rows(p_grad_k, grad_k * scale, tokens, stride_grad_k, n, DK, BLOCK_DK)
     store_rows(p_grad_v, grad_v, tokens, stride_grad_v, n, DV, BLOCK_DV)
 
@@ -285,11 +286,11 @@ def _blocks(q, dv: int) -> dict:
     """Sizes of tiles, see bench/codegen.py for what they need. 16 queries are one fragment of a matrix instruction: one
     warp does it all while a tile fits its registers."""
     F, dk = q.shape[2:]
-    width, wide = padded(dk) + padded(dv), max(padded(dk), padded(dv)) > 64
+    width = padded(dk) + padded(dv)
     if F <= 16:
         block_f, block_n, num_warps = (16, 64, 1) if width <= 32 else (16, 32, 2) if width <= 80 else (16, 32, 4)
     else:
-        block_f, block_n, num_warps = (32, 32, 8) if wide else (64, 32, 4 if width <= 32 else 8)
+        block_f, block_n, num_warps = (64, 32, 4 if width <= 32 else 8)
     return {
         "DK": dk, "DV": dv, "BLOCK_F": block_f, "BLOCK_N": block_n, "BLOCK_DK": padded(dk), "BLOCK_DV": padded(dv),
         "num_warps": num_warps, "num_stages": 2,

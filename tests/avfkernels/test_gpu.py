@@ -1,6 +1,7 @@
 """On a GPU (`pytest -m gpu`): every backend of every op against float64, graphs, compile, streams, devices, repeats."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -66,11 +67,8 @@ def test_pair_error_is_that_of_the_plain_formula(backend, shape, interaction, dt
     B, H, F, N1, N2, _, dv = shape
     options = {"interaction": interaction} | (masks_for(B, N1, N2) if masked else {})
     tensors = inputs(*shape, dtype=dtype, logit=2.0, grad=True)
-    if interaction == "product" and backend == "cuda":
-        tensors = [t.detach() for t in tensors]  # has no backward of products
     skip_unless_it_runs(backend, tensors, **options)
-    gradients = tensors[0].requires_grad
-    doubles = [t.detach().double().requires_grad_(gradients) for t in tensors]
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
     exact, exact_lse = run("reference", doubles, **options)
     out, lse = run(backend, tensors, **options)
     if masked:
@@ -80,13 +78,12 @@ def test_pair_error_is_that_of_the_plain_formula(backend, shape, interaction, dt
     assert_accurate(out, exact, plain, "out")
     atol = 1e-4 if interaction == "sum" else 1e-4 + 8 * torch.finfo(dtype).eps  # q * a_i may be rounded to the dtype
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=atol)
-    if gradients:
-        upstream = torch.randn(B, H, F, dv, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
-        exact_grads = torch.autograd.grad(exact, doubles, upstream.double())
-        plain_grads = torch.autograd.grad(plain, tensors, upstream)
-        grads = torch.autograd.grad(out, tensors, upstream)
-        for name, *triple in zip(NAMES, grads, exact_grads, plain_grads, strict=True):
-            assert_accurate(*triple, f"gradient of {name}")
+    upstream = torch.randn(B, H, F, dv, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
+    exact_grads = torch.autograd.grad(exact, doubles, upstream.double())
+    plain_grads = torch.autograd.grad(plain, tensors, upstream)
+    grads = torch.autograd.grad(out, tensors, upstream)
+    for name, *triple in zip(NAMES, grads, exact_grads, plain_grads, strict=True):
+        assert_accurate(*triple, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,27 +106,28 @@ def test_dropout_drops_the_pairs_that_the_reference_drops(backend, interaction, 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batch_entries_without_a_pair_are_zero(backend, interaction):
-    gradients = not (interaction == "product" and backend == "cuda")
-    tensors = inputs(3, 2, 16, 9, 40, grad=gradients)
+    tensors = inputs(3, 2, 16, 9, 40, grad=True)
     mask1, mask2 = (torch.ones(3, n, dtype=torch.bool, device="cuda") for n in (9, 40))
     mask1[0], mask2[2] = False, False
     options = {"interaction": interaction, "mask1": mask1, "mask2": mask2}
     skip_unless_it_runs(backend, tensors, **options)
-    out, lse, *grads = (with_gradients if gradients else run)(backend, tensors, **options)
+    out, lse, *grads = with_gradients(backend, tensors, **options)
     assert bool((lse[[0, 2]] == float("-inf")).all())
     for tensor in (out, *grads):
         assert torch.equal(tensor[[0, 2]], torch.zeros_like(tensor[[0, 2]]))
         assert bool((tensor[1] != 0).any())
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slices_of_a_packed_projection(backend):
+def test_slices_of_a_packed_projection(backend, interaction):
     packed = [torch.randn(2, n, 3, 4, 16, device="cuda", dtype=torch.bfloat16) for n in (16, 37, 50)]
     views = [packed[i][:, :, part].transpose(1, 2) for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))]
     views = [view.requires_grad_() for view in views]
     copies = [view.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for view in views]
-    skip_unless_it_runs(backend, views)
-    for a, b in zip(with_gradients(backend, views), with_gradients(backend, copies), strict=True):
+    skip_unless_it_runs(backend, views, interaction=interaction)
+    results = (with_gradients(backend, given, interaction=interaction) for given in (views, copies))
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
@@ -191,68 +189,75 @@ def test_the_other_ops_are_as_accurate(backend, op, dtype):
         assert_accurate(*triple, f"gradient {i}")
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cuda_graphs_replay_with_new_inputs(backend):
+def test_cuda_graphs_replay_with_new_inputs(backend, interaction):
     tensors, others = inputs(4, 12, 16, 96, 196, grad=True), inputs(4, 12, 16, 96, 196, seed=1, grad=True)
-    skip_unless_it_runs(backend, tensors)
+    skip_unless_it_runs(backend, tensors, interaction=interaction)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            with_gradients(backend, tensors)
+            with_gradients(backend, tensors, interaction=interaction)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = with_gradients(backend, tensors)
+        captured = with_gradients(backend, tensors, interaction=interaction)
     with torch.no_grad():
         for tensor, other in zip(tensors, others, strict=True):
             tensor.copy_(other)
     graph.replay()
     torch.cuda.synchronize()
-    for got, expected in zip(captured, with_gradients(backend, others), strict=True):
+    for got, expected in zip(captured, with_gradients(backend, others, interaction=interaction), strict=True):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole_with_dynamic_shapes(backend):
+def test_compiles_whole_with_dynamic_shapes(backend, interaction):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *t: pair_attention(*t, scale=0.25), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda *t: pair_attention(*t, scale=0.25, interaction=interaction), fullgraph=True, dynamic=True
+    )
     for shape in ((2, 3, 16, 19, 49, 16, 16), (3, 3, 16, 33, 70, 16, 16)):
         tensors = inputs(*shape, grad=True)
-        skip_unless_it_runs(backend, tensors)
+        skip_unless_it_runs(backend, tensors, interaction=interaction)
         with avfkernels.backend(backend):
-            out, expected = compiled(*tensors), pair_attention(*tensors, scale=0.25)
+            out, expected = compiled(*tensors), pair_attention(*tensors, scale=0.25, interaction=interaction)
         torch.testing.assert_close(out, expected, rtol=1.6e-2, atol=1e-2)
         grads = [torch.autograd.grad(x.float().sin().sum(), tensors) for x in (out, expected)]
         torch.testing.assert_close(*grads, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_streams_do_not_disturb_each_other(backend):
+def test_two_streams_do_not_disturb_each_other(backend, interaction):
     first, second = (inputs(8, 12, 16, 96, 196, seed=seed, grad=True) for seed in (0, 1))
-    skip_unless_it_runs(backend, first)
-    expected = [with_gradients(backend, tensors) for tensors in (first, second)]
+    skip_unless_it_runs(backend, first, interaction=interaction)
+    expected = [with_gradients(backend, tensors, interaction=interaction) for tensors in (first, second)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for _ in range(10):
         results = []
         for stream, tensors in zip(streams, (first, second), strict=True):
             with torch.cuda.stream(stream):
-                results.append(with_gradients(backend, tensors))
+                results.append(with_gradients(backend, tensors, interaction=interaction))
         torch.cuda.synchronize()
         for got, wanted in zip(results, expected, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_device_that_is_not_the_current_one(backend):
+def test_a_device_that_is_not_the_current_one(backend, interaction):
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device")
     tensors = inputs(2, 3, 16, 19, 49, grad=True)
-    skip_unless_it_runs(backend, tensors)
+    skip_unless_it_runs(backend, tensors, interaction=interaction)
     there = [t.detach().to("cuda:1").requires_grad_() for t in tensors]
     assert torch.cuda.current_device() == 0
-    for got, expected in zip(with_gradients(backend, there), with_gradients(backend, tensors), strict=True):
+    results = (with_gradients(backend, given, interaction=interaction) for given in (there, tensors))
+    for got, expected in zip(*results, strict=True):
         assert got.device == torch.device("cuda:1")
         torch.testing.assert_close(got.cpu(), expected.cpu())
 
@@ -260,19 +265,137 @@ def test_a_device_that_is_not_the_current_one(backend):
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_hundred_runs_give_the_same_bits(backend, interaction):
-    gradients = not (interaction == "product" and backend == "cuda")
-    tensors = inputs(4, 12, 21, 96, 196, grad=gradients)
+    tensors = inputs(4, 12, 21, 96, 196, grad=True)
     skip_unless_it_runs(backend, tensors, interaction=interaction)
-    call = with_gradients if gradients else run
-    first = call(backend, tensors, interaction=interaction)
+    first = with_gradients(backend, tensors, interaction=interaction)
     for _ in range(100):
-        again = call(backend, tensors, interaction=interaction)
+        again = with_gradients(backend, tensors, interaction=interaction)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck_of_the_cuda_kernels(masked):
+def test_opcheck_of_the_cuda_kernels(masked, interaction):
     tensors = inputs(grad=True)
-    skip_unless_it_runs("cuda", tensors)
+    skip_unless_it_runs("cuda", tensors, interaction=interaction)
     masks = tuple(masks_for(2, 9, 14).values()) if masked else (None, None)
-    opcheck(torch.ops.avfkernels.pair_attention_cuda.default, (*tensors, 0.25, "sum", *masks, True, True))
+    opcheck(torch.ops.avfkernels.pair_attention_cuda.default, (*tensors, 0.25, interaction, *masks, True, True))
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("shape", [(2, 3, 16, 0, 5, 16, 16), (2, 3, 5, 9, 0, 16, 64), (0, 3, 16, 5, 4, 16, 16)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_pairs_all_is_zero(backend, shape, interaction):
+    tensors = inputs(*shape, grad=True)
+    skip_unless_it_runs(backend, tensors, interaction=interaction)
+    out, lse, *grads = with_gradients(backend, tensors, interaction=interaction)
+    assert bool((lse == float("-inf")).all())
+    assert not any(bool(tensor.any()) for tensor in (out, *grads))
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_shape_and_large_logits(backend, seed, interaction, dtype):
+    rng = random.Random(seed)
+    shape = [rng.randint(*of) for of in ((1, 3), (2, 4), (5, 40), (3, 50), (3, 90))] + rng.choices((16, 32, 64), k=2)
+    tensors = inputs(*shape, dtype=dtype, logit=2.0, seed=seed)
+    skip_unless_it_runs(backend, tensors, interaction=interaction)
+    exact, _ = run("reference", [t.double() for t in tensors], interaction=interaction)
+    plain = (plain_pair if interaction == "sum" else plain_product)(*tensors, 0.25)
+    assert_accurate(run(backend, tensors, interaction=interaction)[0], exact, plain, "out")
+    tensors[0] *= 100.0
+    assert all(bool(t.isfinite().all()) for t in run(backend, tensors, interaction=interaction))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_and_an_expanded_gradient(backend):
+    tensors = inputs(2, 3, 16, 19, 49, dtype=torch.float32)
+    halves = [t.bfloat16().requires_grad_() for t in tensors]
+    skip_unless_it_runs(backend, halves)
+    out = run(backend, halves)[0]
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(run(backend, tensors)[0], out)
+    expanded = torch.autograd.grad(out.sum(), halves, retain_graph=True)
+    dense = torch.autograd.grad(out, halves, torch.ones_like(out).contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+def other(backend, op, tensors):
+    """out, lse and gradients of latent or prefix attention."""
+    with avfkernels.backend(backend):
+        out, lse = op(*tensors, scale=tensors[0].shape[-1] ** -0.5, return_lse=True)
+    return (out, lse, *torch.autograd.grad(out.float().sin().sum() + lse.sin().sum(), tensors))
+
+
+def same_bits(got, expected):
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+each_other_op = pytest.mark.parametrize("op", [latent_attention, prefix_attention], ids=lambda op: op.__name__)
+
+
+@each_other_op
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_other_ops_in_graphs_streams_and_on_another_device(backend, op):
+    tensors, changed = other_inputs(op, torch.bfloat16), other_inputs(op, torch.bfloat16)
+    with torch.no_grad():
+        for tensor in changed:
+            tensor.mul_(0.5)
+    expected = [other(backend, op, given) for given in (tensors, changed)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        results = []
+        for stream, given in zip(streams, (tensors, changed), strict=True):
+            with torch.cuda.stream(stream):
+                results.append(other(backend, op, given))
+        torch.cuda.synchronize()
+        assert all(same_bits(*pair) for pair in zip(results, expected, strict=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = other(backend, op, tensors)
+    with torch.no_grad():
+        for tensor, new in zip(tensors, changed, strict=True):
+            tensor.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(captured, expected[1])
+
+    if torch.cuda.device_count() > 1:
+        there = other(backend, op, [t.detach().to("cuda:1").requires_grad_() for t in changed])
+        for got, here in zip(there, expected[1], strict=True):
+            torch.testing.assert_close(got.cpu(), here.cpu())
+
+
+@each_other_op
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_the_other_ops_compile_whole_with_dynamic_shapes(backend, op):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: op(*t, scale=0.1), fullgraph=True, dynamic=True)
+    tensors = other_inputs(op, torch.bfloat16)
+    shorter = [t[..., : t.shape[-2] - 9, :].detach().clone().requires_grad_() for t in tensors]
+    for given in (tensors, shorter):
+        with avfkernels.backend(backend):
+            out, expected = compiled(*given), op(*given, scale=0.1)
+        torch.testing.assert_close(out, expected, rtol=1.6e-2, atol=1e-2)
+        grads = [torch.autograd.grad(x.float().sin().sum(), given) for x in (out, expected)]
+        torch.testing.assert_close(*grads, rtol=3e-2, atol=3e-2)
+
+
+@each_other_op
+def test_a_hundred_runs_of_the_other_ops_give_the_same_bits_with_triton(op):
+    tensors = other_inputs(op, torch.bfloat16)
+    first = other("triton", op, tensors)
+    assert all(same_bits(other("triton", op, tensors), first) for _ in range(100))
+
+
+@each_other_op
+def test_small_shapes_of_the_other_ops_for_the_sanitizer_with_triton(op):
+    """Odd numbers of tokens and rows that end in the middle of a tile."""
+    tensors = [t[:1, ..., :21, :40].detach().clone().requires_grad_() for t in other_inputs(op, torch.bfloat16)]
+    other("triton", op, tensors)
+    torch.cuda.synchronize()
