@@ -26,7 +26,8 @@ CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trappi
 # Every *_kernel.cpp is compiled once for each instruction set; the choice is made at run time (csrc/isa.cpp).
 X86_ISAS = {"avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma", "avx2": "-mavx2 -mfma"}
 
-# Machine code for each, and PTX of the first for GPUs that are none of them. The CUDA runtime is linked in statically.
+# Machine code for each, and PTX of the oldest for GPUs that are none of them. The kernels use what that one has, so all
+# are made from its PTX: nvcc's front end runs once. The CUDA runtime is linked in statically.
 CUDA_ARCHS = "8.0 9.0a 10.0 12.0"
 NVCCFLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall --threads 2"
 
@@ -59,11 +60,11 @@ def ninja_file(cxx: str, library: Path, openmp: str) -> str:
 
 def cuda_ninja_file(nvcc: str, library: Path) -> str:
     archs = [arch.replace(".", "") for arch in os.environ.get("AVF_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()]
-    targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    targets.append(f"-gencode arch=compute_{archs[0]},code=compute_{archs[0]}")
+    oldest = min((arch.rstrip("abcdefghijklmnopqrstuvwxyz") for arch in archs), key=int)
+    codes = ",".join([f"compute_{oldest}", *(f"sm_{arch}" for arch in archs)])
     lines = [
         "rule nvcc",
-        f"  command = {nvcc} {NVCCFLAGS} {' '.join(targets)} -MD -MF $out.d -c $in -o $out",
+        f"  command = {nvcc} {NVCCFLAGS} -gencode 'arch=compute_{oldest},code=[{codes}]' -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -43,7 +43,18 @@ def _run(*command: str | Path) -> str:
 def _compile(source: Path, arch: str, folder: Path) -> tuple[str, str]:
     """ptxas' report and the machine code."""
     built = folder / f"{source.stem}.{arch}.cubin"
-    report = _run("nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", source, "-o", built)
+    report = _run(
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-gencode",
+        f"arch=compute_{ARCHS[0]},code=sm_{arch}",
+        "-Xptxas=-v",
+        "-cubin",
+        source,
+        "-o",
+        built,
+    )
     return report, _run(_cuobjdump(), "-sass", built)
 
 

@@ -15,6 +15,8 @@ BACKWARD_SCHEMA = (
     "float scale, Tensor? mask) -> (Tensor, Tensor)"
 )
 WIDEST = 1024
+# In float32 backward of wider rows needs 200 KiB of shared memory a block (bench.codegen), in 16 bits half of that.
+WIDEST_FLOAT32, SHARED_MEMORY = 768, 200 << 10
 
 
 def forward(q, x, *, scale, mask, return_lse):
@@ -24,7 +26,13 @@ def forward(q, x, *, scale, mask, return_lse):
 
 
 def why_not(*, q, x, **_) -> str | None:
-    return _triton.why_not(WIDEST, q=q, x=x)
+    if reason := _triton.why_not(WIDEST, q=q, x=x):
+        return reason
+    if q.dtype == torch.float32 and q.shape[-1] > WIDEST_FLOAT32 and q.is_cuda:
+        has = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+        if has < SHARED_MEMORY:
+            return f"float32 rows of {q.shape[-1]} need {SHARED_MEMORY >> 10} KiB of shared memory, not {has >> 10}"
+    return None
 
 
 def is_faster(**_) -> bool:
