@@ -134,7 +134,7 @@ def read_whole(
             raise ClipError(path, "file", TOO_SHORT.format(0, "some"))
         if duration > max_duration:
             raise ClipError(path, "file", f"{duration:.0f} s long, more than {max_duration:.0f} s: cut it into clips")
-        slots = max(1, int(duration * frame_rate))
+        slots = 1 if reader.still else max(1, int(duration * frame_rate))
         middles = [begin + min((slot + 0.5) / frame_rate, duration) for slot in range(slots)]
         frames = [(time - begin, image) for image, time in reader.frames(middles)]
         return frames, reader.waveform(first, stop - first, sample_rate)
@@ -163,17 +163,24 @@ def _av_errors(path: str, stream: str, problem: str) -> Iterator[None]:
 
 
 class _Reader:
-    """An open container, its two streams, and when they begin and end (seconds from the file's beginning)."""
+    """An open container, its two streams, and when they begin and end (seconds from the file's beginning).
+
+    A video of a single frame is a still: it lasts as long as the sound, as players show it.
+    """
 
     def __init__(self, path: str, container: av.container.InputContainer):
         self.path, self.container = path, container
         self.video, self.audio = self._stream("video"), self._stream("audio")
         self.origin = (container.start_time or 0) / av.time_base
+        self.still = self.video.frames == 1  # 0 where the container does not tell
         with _av_errors(path, "file", "cannot be read"):
             self.extent = self._extents()
         for stream in (self.video, self.audio):
             if stream not in self.extent:
                 raise ClipError(path, stream.type, "it is empty: fetch or export the clip again")
+        if self.still:
+            (v_begin, v_end), (a_begin, a_end) = self.extent[self.video], self.extent[self.audio]
+            self.extent[self.video] = min(v_begin, a_begin), max(v_end, a_end)
 
     def _stream(self, kind: str) -> av.stream.Stream:
         stream = self.container.streams.best(kind)
@@ -189,12 +196,14 @@ class _Reader:
         if all(s.duration and s.start_time is not None for s in streams):
             spans = {s: (s.start_time * s.time_base, (s.start_time + s.duration) * s.time_base) for s in streams}
         else:  # Matroska, WebM and FLV tell no duration of a stream: look at the packets, without decoding them
-            spans = {}
+            spans, pictures = {}, 0
             for packet in self.container.demux():
                 if packet.pts is not None:
+                    pictures += packet.stream is self.video
                     at, stop = packet.pts * packet.time_base, (packet.pts + (packet.duration or 0)) * packet.time_base
                     begin, end = spans.get(packet.stream, (at, stop))
                     spans[packet.stream] = min(begin, at), max(end, stop)
+            self.still = pictures == 1
             promised = self.origin + (self.container.duration or 0) / av.time_base
             if max((end for _, end in spans.values()), default=0) < promised - 0.25:
                 # The file is cut. What is gone counts as promised, so that a window there is refused and not padded.
@@ -262,7 +271,7 @@ class _Reader:
         if near:
             time, frame = near[-1]
             shown_until = time + float((frame.duration or 0) * frame.time_base)
-        if not near or shown_until < target - 0.5:
+        if not near or (not self.still and shown_until < target - 0.5):
             raise ClipError(self.path, "video", TRUNCATED.format(shown_until, end))
 
     def waveform(self, first: int, samples: int, sample_rate: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torchaudio
 from PIL import Image
 
-from avfusion.clips import ClipDataset, ClipError, LogMel, Sample, collate_clips, image_transform, read_clip
+from avfusion.clips import ClipDataset, ClipError, LogMel, Sample, collate_clips, image_transform, read_clip, read_whole
 
 from .media import CLICK, FPS, cut, noise, number, write_clip
 
@@ -174,10 +174,16 @@ def test_short_audio_is_reflected_and_not_called_truncated(tmp_path, name, audio
     assert clip.frame_time <= audio_seconds  # the frame belongs to what is heard
 
 
-def test_still_picture_with_longer_sound(tmp_path):
-    clip = read_clip(write_clip(tmp_path / "a.mp4", seconds=1 / FPS, audio_seconds=4))
-    assert clip.frame_time == 0
-    assert clip.start == 0
+@pytest.mark.parametrize("name", ["still.mp4", "still.mkv"])
+def test_a_still_lasts_as_long_as_its_sound(tmp_path, name):
+    """Of a video of one frame, `read_whole` once gave the 40 ms of sound under that frame."""
+    path = write_clip(tmp_path / name, seconds=1 / FPS, audio_seconds=4.0)
+    frames, waveform = read_whole(path, frame_rate=8)
+    assert [number(image) for _, image in frames] == [0]
+    assert waveform.shape[1] / 16000 == pytest.approx(4.0, abs=0.05)
+    clip = read_clip(path, min_duration=3.5)
+    assert clip.start == pytest.approx(0.5, abs=0.03)
+    assert clip.frame_time == pytest.approx(0.0, abs=0.03)
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
