@@ -20,6 +20,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("bench", "benchmarks of avfkernels and avfusion (bench/)")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks; without it those in bench/ skip")
     group.addoption("--quick", action="store_true", help="batch 1 and one round; prints the tables, writes no results")
+    group.addoption(
+        "--no-compile", action="store_true", help="leave out rows under torch.compile, minutes of compiling"
+    )
     group.addoption("--batch-size", type=int, help="videos in a batch of the encoder tables: 4 on a CPU, 64 on CUDA")
     group.addoption(
         "--compare", type=Path, metavar="FILE",

@@ -3,6 +3,7 @@
 # pytest, pytest-benchmark and hypothesis: build, `pytest -m gpu`, compute-sanitizer on small shapes, kernel benchmarks,
 # the encoder table.
 # The benchmarks write bench/results/<gpu>.{json,md,png}, this script <gpu>.gpu.log and, printed last, <gpu>.gpu.txt.
+# `pytest bench/ --benchmark` has more: rows under torch.compile, curves over batch and tokens, pre-training.
 # A step that fails does not stop the next; the exit status says whether all passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -65,7 +66,7 @@ else
 fi
 
 step "kernel benchmarks" 80 $python -m pytest -q bench/ --benchmark -k attention
-step "encoder table" 130 $python -m pytest -q bench/test_encoder.py --benchmark
+step "encoder table" 130 $python -m pytest -q bench/test_encoder.py --benchmark --no-compile
 
 echo
 cat "$summary"

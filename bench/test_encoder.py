@@ -62,7 +62,10 @@ def table(request, exact, models, memory_on_cpu, device, batch_size, effort, pro
         for x in pass_.inputs(BASELINE.config, batch_size)
     ]
     calls, outputs, peaks = {}, {}, {}
-    shown = {name: row for name, row in ROWS.items() if not row.why_not(device, training=pass_.training)}
+    absent = {name: row.why_not(device, training=pass_.training) for name, row in ROWS.items()}
+    if request.config.getoption("--no-compile"):
+        absent |= {name: "--no-compile" for name, row in ROWS.items() if row.way == "compiled"}
+    shown = {name: row for name, row in ROWS.items() if not absent[name]}
     for row in shown.values():
         progress(f"{pass_.title}: the first pass of each row", row.name)
         try:
@@ -105,10 +108,8 @@ def table(request, exact, models, memory_on_cpu, device, batch_size, effort, pro
         "notes": notes(pass_, device, exact, agreement),
     }
     publish(f"encoder_{1 + PASSES.index(pass_)}_{pass_.name}", section)
-    absent = {name: {"name": name, "note": row.why_not(device, training=pass_.training)} for name, row in ROWS.items()}
-    return pass_.title, {
-        name: (row, times.get(name, [])) for name, row in (absent | {row["name"]: row for row in rows}).items()
-    }
+    found = {name: {"name": name, "note": why} for name, why in absent.items()} | {row["name"]: row for row in rows}
+    return pass_.title, {name: (row, times.get(name, [])) for name, row in found.items()}
 
 
 UNITS = {
