@@ -147,7 +147,7 @@ def _sampled_peak(call: Callable) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """Such as "NVIDIA H200" or "CPU AMD EPYC, 2 cores"; its slug names the results file."""
+    """Such as "NVIDIA H200" or "CPU AMD EPYC, 2 cores, AVX2"; its slug names the results file."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
@@ -156,7 +156,8 @@ def device_name(device: torch.device) -> str:
         model = match[1]
     model = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", "", model)
     cores = torch.get_num_threads()
-    return f"CPU {' '.join(model.split())}, {cores} core{'s' if cores > 1 else ''}"
+    isa = torch.backends.cpu.get_cpu_capability()  # one name of a model may stand for machines with and without AVX-512
+    return f"CPU {' '.join(model.split())}, {cores} core{'s' if cores > 1 else ''}, {isa}"
 
 
 def slug(name: str) -> str:

@@ -86,8 +86,8 @@ PRESETS = {
     "separate": {
         "paper": TRAINED | {"layout": "vggsound-music", "eval_split": "pairs", "epochs": 300, "warmup_epochs": 40.0},
         "tiny": SMALL | {"data": "data/tiny-separate", "layout": "vggsound-music", "eval_split": "pairs",
-                         "synth_clips": 600, "epochs": 3, "batch_size": 8, "blr": 32e-3, "warmup_epochs": 1.0,
-                         "eval_epochs": 3, "eval_clips": 32},
+                         "synth_clips": 600, "epochs": 6, "batch_size": 4, "blr": 64e-3, "warmup_epochs": 1.0,
+                         "layer_decay": 0.9, "crop_min": 0.8, "eval_epochs": 3, "eval_clips": 32},
     },
     "segment": {
         "paper": TRAINED | {"layout": "avsbench", "epochs": 100, "warmup_epochs": 20.0},
