@@ -18,7 +18,7 @@ from bench import measure
 
 PAIRS, SAMPLES = 100, 48_000
 TOLERANCE = 1e-3  # dB
-ROWS = ("mir_eval", "ours")
+ROWS = ("ours", "mir_eval")  # the slow one takes part in few rounds
 
 
 def signals(pairs: int) -> tuple[Tensor, Tensor]:
@@ -45,18 +45,17 @@ def table(device, effort, progress, publish):
     progress(title)
     references, estimates = signals(pairs)
     arrays, ours = (references.numpy(), estimates.numpy()), (references.to(device), estimates.to(device))
-    calls = {"mir_eval": lambda: by_mir_eval(*arrays), "ours": lambda: bss_eval(*ours)}
+    calls = {"ours": lambda: bss_eval(*ours), "mir_eval": lambda: by_mir_eval(*arrays)}
     expected = torch.from_numpy(np.stack(calls["mir_eval"]()))
     worst = (torch.stack(calls["ours"]()).cpu() - expected).abs().max().item()
     assert worst < TOLERANCE, f"off from mir_eval by {worst:.1e} dB"
     times = measure.in_turns(calls, device, effort, progress=lambda text: progress(title, text))
     rows = {name: {"name": name} | result for name, result in measure.summarise(times).items()}
-    rows["ours"]["speed_up"] = 1 / rows["ours"]["time_ratio"]["median"]
     publish("bss_eval", {
         "title": title,
         "batch": pairs,
         "dtype": "float64",
-        "baseline": "mir_eval",
+        "baseline": "ours",
         "units": {"seconds": "s for all pairs"},
         "checks": {"largest_difference_in_db": worst},
         "rows": list(rows.values()),

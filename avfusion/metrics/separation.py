@@ -16,7 +16,7 @@ from torch import Tensor
 from avfusion.clips import LogMel
 
 CHUNK = 128  # mixtures whose factorisations go side by side
-CACHED = 8  # mixtures whose spectra do
+CACHED = 4  # mixtures whose spectra do
 
 
 def bss_eval(references: Tensor, estimates: Tensor, taps: int = 512) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +43,10 @@ def bss_eval(references: Tensor, estimates: Tensor, taps: int = 512) -> tuple[Te
 
 def _bss_eval(references: Tensor, estimates: Tensor, taps: int) -> tuple[Tensor, Tensor, Tensor]:
     M, B, J, _ = estimates.shape
-    every = torch.cat((references, estimates.transpose(0, 1).flatten(1, 2)), dim=1).double()  # [B, J + M * J, samples]
-    delayed = [correlations(x[:, :J], x, taps) for x in every.split(CACHED)]
+    delayed = []
+    for r, e in zip(references.split(CACHED), estimates.transpose(0, 1).flatten(1, 2).split(CACHED), strict=True):
+        every = torch.cat((r, e), dim=1).double()  # [.., J + M * J, samples]
+        delayed.append(correlations(every[:, :J], every, taps))
     delayed = torch.cat(delayed).permute(1, 2, 3, 0)  # [J, J + M * J, taps, B]
     gram, cross = delayed[:, :J], delayed[:, J:].transpose(0, 1)  # [J, J, taps, B], [M * J, J, taps, B]
     whole = toeplitz_energies(gram, cross).unflatten(0, (M, J)).transpose(1, 2)  # [M, B, J]
@@ -55,7 +57,7 @@ def _bss_eval(references: Tensor, estimates: Tensor, taps: int) -> tuple[Tensor,
     own = toeplitz_energies(alone(gram)[None, None], alone(cross.unflatten(0, (M, J)))[:, None])
     own = own.unflatten(1, (J, B)).transpose(1, 2)
     own = own.masked_fill(whole.isnan(), torch.nan)
-    total = every[:, J:].square().sum(-1).unflatten(1, (M, J)).transpose(0, 1)
+    total = torch.linalg.vector_norm(estimates, dim=-1, dtype=torch.float64).square()
     # Of a perfect estimate the rest is 0 but for rounding.
     ratios = own / (total - own).clamp(min=0), own / (whole - own).clamp(min=0), whole / (total - whole).clamp(min=0)
     return tuple(10 * x.log10() for x in ratios)
@@ -101,8 +103,8 @@ def toeplitz_energies(gram: Tensor, right: Tensor) -> Tensor:
         for p in range(q + 1, K):
             a[p] -= a[q] * (a[p, q] / a[q, q])
     d = [1 / a[q, q] for q in range(K)]
-    e, b = list(d), a.clone()
-    total, lowest = right.new_zeros(len(right), B), right.new_full((B,), torch.inf)
+    e, b, one = list(d), a.clone(), gram.new_ones(())
+    total, lowest = right.new_zeros(len(right), B), torch.stack(d).amin(0)
     for i in range(taps):
         below, ahead = a[:, : K * (taps - i)], b[:, K * i :]  # a moves down by a block, b does not
         for r in range(K):
@@ -111,13 +113,13 @@ def toeplitz_energies(gram: Tensor, right: Tensor) -> Tensor:
                 row = ahead[q, r:]
                 ratio = row[0] / column[0]
                 turn = ratio * (e[q] / d[r])
-                rest = 1 - ratio * turn
+                rest = torch.addcmul(one, ratio, turn, value=-1)
                 column.addcmul_(row, turn, value=-1)
                 row.addcmul_(column, ratio / rest, value=-1)
                 d[r], e[q] = d[r] / rest, e[q] * rest
+                lowest = torch.minimum(lowest, rest)
             solution = right[:, r] / column[0]
-            total += solution.square() / d[r]
-            lowest = torch.minimum(lowest, d[r] * column[0].square())
+            total.addcdiv_(solution.square(), d[r])
             right[:, r:].addcmul_(column, solution[:, None], value=-1)
         right = right[:, K:]
     return total.masked_fill(~(lowest > 0), torch.nan)
