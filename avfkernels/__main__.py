@@ -58,8 +58,7 @@ def report() -> str:
             f"           compilers on PATH: {', '.join(compilers) or 'none'}",
         ]
     else:
-        isa = _native.library().avf_isa().decode()
-        lines.append(f"  native   {_native.PATH.name}, ABI {_native.ABI_VERSION}, instruction set {isa}")
+        lines.append(f"  native   {_native.PATH.name}, ABI {_native.ABI_VERSION}, instruction set {_native.isa()}")
     lines.append(f"  native   CUDA: {_native.why_cuda_unavailable() or _native.CUDA_PATH.name}")
     lines.append(f"  nvcc     {shutil.which('nvcc') or 'not on PATH'}")
 

@@ -62,6 +62,12 @@ def library() -> ctypes.CDLL:
     return _loaded(*_load())
 
 
+@functools.cache
+def isa() -> str:
+    """The instruction set that the loaded library has chosen: "avx512", "avx2" or "portable"."""
+    return library().avf_isa().decode()
+
+
 def cuda_library() -> ctypes.CDLL:
     """The loaded CUDA library. Raises RuntimeError, with the remedy, if there is none."""
     return _loaded(*_load_cuda())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from avfkernels import _native
 from avfkernels.pair_attention import cpu as pair_cpu
 
 
@@ -29,7 +30,11 @@ def why_not(*, q, x, **_) -> str | None:
 
 def is_faster(*, q, x, **_) -> bool:
     # Against `eager` on two cores (bench/test_latent_attention.py). Matrix products use all threads at any batch size;
-    # here a task is 16 queries or, backward, an entry of the batch.
+    # here a task is 16 queries or, backward, an entry of the batch. With AVX2 the factorized encoder trains faster on
+    # `eager`, which is slower there forward (bench/test_encoder.py).
     (B, M, D), threads = q.shape, torch.get_num_threads()
-    tasks = B if pair_cpu.wants_gradients(q, x) else B * (M // 16)
+    backward = pair_cpu.wants_gradients(q, x)
+    if backward and _native.isa() != "avx512":
+        return False
+    tasks = B if backward else B * (M // 16)
     return M >= 16 and B * M * x.shape[1] * D >= 1_000_000 and tasks >= threads

@@ -62,10 +62,18 @@ def test_automatic_choice(ran, change, options, expected):
 
 @needs_native
 @pytest.mark.parametrize(
-    ("B", "M", "grad", "expected"),
-    [(8, 96, False, "cpu"), (8, 96, True, "cpu"), (1, 96, True, "eager"), (8, 8, False, "eager")],
+    ("B", "M", "grad", "isa", "expected"),
+    [
+        (8, 96, False, "avx512", "cpu"),
+        (8, 96, False, "avx2", "cpu"),
+        (8, 96, True, "avx512", "cpu"),
+        (8, 96, True, "avx2", "eager"),
+        (1, 96, True, "avx512", "eager"),
+        (8, 8, False, "avx512", "eager"),
+    ],
 )
-def test_automatic_choice_of_latent_attention(B, M, grad, expected):
+def test_automatic_choice_of_latent_attention(B, M, grad, isa, expected, monkeypatch):
+    monkeypatch.setattr(_native, "isa", lambda: isa)
     if torch.get_num_threads() > 8:
         pytest.skip("tuned on two cores; more threads than tasks stay with eager")
     q, x = (torch.zeros(B, n, 768, requires_grad=grad) for n in (M, 196))

@@ -17,7 +17,7 @@ CHECK_ONE_ISA = """
 import itertools, torch, avfkernels
 from avfkernels import _native
 from oracle import pair_inputs
-print(_native.library().avf_isa().decode())
+print(_native.isa())
 shapes = (1, 1, 1, 1, 1, 1, 1), (2, 3, 16, 19, 49, 16, 16), (2, 3, 16, 8, 8, 16, 64), (1, 2, 21, 65, 130, 20, 23)
 for shape, interaction, dropout_p in itertools.product(shapes, ("sum", "product"), (0.0, 0.3)):
     results = []
