@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
     from avfusion.synth.scene import Settings
 
-FORMAT = 2  # raise it when the same settings make other clips than before
+FORMAT = 3  # raise it when the same settings make other clips than before
 PREVIEW_CLIPS = 12
 LAYOUTS = (
     "vggsound", "vggsound-music", "vggsound-instruments", "vggss", "audioset", "music", "avsbench", "flickr-soundnet",

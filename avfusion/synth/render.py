@@ -112,7 +112,8 @@ def mp4(frames: np.ndarray, fps: int, waveform: np.ndarray) -> bytes:
         video = output.add_stream("libx264", rate=fps, options=options)
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt, video.codec_context.gop_size = "yuv420p", fps
-        audio = output.add_stream("aac", rate=RATE, layout="mono")
+        # The coder "fast" takes a third of the default's time, which is most of a clip's.
+        audio = output.add_stream("aac", rate=RATE, layout="mono", options={"aac_coder": "fast"})
         audio.bit_rate = 64000
 
         packets = []
