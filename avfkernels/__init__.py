@@ -1,6 +1,7 @@
 """Exact, fused attention over pairwise interactions of two token streams.
 
-Ops: `pair_attention`, `latent_attention`, `prefix_attention`; `merge_attention` joins partial results of any of them.
+Ops: `pair_attention`, `latent_attention`, `prefix_attention`; `merge_attention` joins partial results of any of them,
+and `split_linear` applies the parts of a packed weight.
 Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`; `accelerate` puts them into a model of the authors' release.
 `python -m avfkernels` shows what runs on this machine and why; `backend(name)` overrides the choice.
 """
@@ -15,6 +16,7 @@ from avfkernels.merge import merge_attention
 from avfkernels.nn import DenseFusion, FactorizedFusion, TokenFusion
 from avfkernels.pair_attention import pair_attention
 from avfkernels.prefix_attention import prefix_attention
+from avfkernels.split_linear import split_linear
 
 try:
     __version__ = version("avfusion")
@@ -32,4 +34,5 @@ __all__ = [
     "merge_attention",
     "pair_attention",
     "prefix_attention",
+    "split_linear",
 ]

@@ -11,6 +11,13 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast makes of an op's tensors: its dtype for all that are narrower than float64."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
 def check_tensors(op: str, q: Tensor, tensors: dict[str, tuple[Tensor, str]]) -> None:
     """Every tensor has its layout ("B H F dk"; a letter means the same size everywhere), and q's device and dtype.
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfkernels.nn import DenseFusion, FactorizedFusion, FusionBlock, TokenFusion, _Attention
+from avfkernels.split_linear import split_linear
 
 ENCODER = ("image", "audio", "fusion_tokens", "fusion_blocks", "fusion_norm")
 VIT = ("patch_embed", "pos_embed", "blocks", "norm", "prepare_patch_tokens")
@@ -99,10 +100,9 @@ def _read_prefix(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
 def _attend(attn: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
     """timm's self-attention with queries from x, keys and values from [prefix ; x]."""
     width = attn.proj.in_features
-    w_q, w_kv = attn.qkv.weight.split((width, 2 * width))
-    b_q, b_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split((width, 2 * width))
-    q = F.linear(x, w_q, b_q).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-    kv = F.linear(torch.cat((prefix, x), dim=1), w_kv, b_kv)
+    joined = torch.cat((prefix, x), dim=1)
+    q, kv = split_linear((x, joined), attn.qkv.weight, attn.qkv.bias, sizes=(width, 2 * width))
+    q = q.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
     k, v = kv.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     dropout_p = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout_p, scale=attn.scale)

@@ -17,13 +17,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from avfkernels._backends import materialises
 from avfkernels._math import masked_softmax
-from avfkernels.latent_attention import latent_attention
+from avfkernels.latent_attention.absorbed import absorb, absorbed_attention
 from avfkernels.pair_attention import INTERACTIONS, pair_attention
 from avfkernels.prefix_attention import prefix_attention
+from avfkernels.split_linear import split_linear
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -138,10 +138,11 @@ class DenseAttention(_Attention):
             return self.project(self.attend(q, k, v))
 
         # W [x_a ; x_v] + b = W_a x_a + (W_v x_v + b). A product takes the bias on both factors.
-        w_audio, w_visual = self.kv.weight.chunk(2, dim=1)
-        kv_audio = F.linear(x_audio, w_audio, self.kv.bias if product else None)
+        kv_audio, kv_visual = split_linear((x_audio, x_visual), self.kv.weight, self.kv.bias)
+        if product and self.kv.bias is not None:
+            kv_audio = kv_audio + self.kv.bias
         k_a, v_a = _key_value_heads(kv_audio, self.num_heads)
-        k_v, v_v = _key_value_heads(F.linear(x_visual, w_visual, self.kv.bias), self.num_heads)
+        k_v, v_v = _key_value_heads(kv_visual, self.num_heads)
         out = pair_attention(
             q, k_a, v_a, k_v, v_v, scale=self.scale, interaction=self.interaction, dropout_p=self.dropout_p()
         )
@@ -175,34 +176,12 @@ class LatentCrossAttention(_Attention):
             out = attend(q, k, v)
             weights = _softmax_weights(q, k, self.scale) if return_attention else None
         else:
-            if torch.is_grad_enabled():  # computed again for its gradient: cheaper than to keep what is [B, H, m, D]
-                out = checkpoint(self._absorbed, q, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                out = self._absorbed(q, x)
+            out = absorbed_attention(q, x, self.kv.weight, self.kv.bias, self.scale)
             weights = None
             if return_attention:
-                weights = _softmax_weights(self._absorb(q, self._weights()[0]), x.unsqueeze(1), self.scale)
+                weights = _softmax_weights(absorb(q, self.kv.weight), x.unsqueeze(1), self.scale)
         out = self.project(out)
         return (out, weights) if return_attention else out
-
-    def _weights(self):
-        """Of keys and of values, each [H, d, D]. Unbound together, so that their gradients are joined in one copy."""
-        return self.kv.weight.unflatten(0, (2, self.num_heads, -1)).unbind(0)
-
-    @staticmethod
-    def _absorb(q, w_k):
-        # k_n = W_k x_n + b_k: q . b_k is the same for every n and leaves the softmax; W_k^T q meets x itself.
-        return torch.einsum("bhmd,hde->bhme", q, w_k)
-
-    def _absorbed(self, q, x):
-        # v_n = W_v x_n + b_v: the weights sum to 1, so W_v and b_v act once, on the attended mean of x.
-        w_k, w_v = self._weights()
-        q = self._absorb(q, w_k)
-        context = latent_attention(q.flatten(1, 2), x, scale=self.scale).view_as(q)
-        out = torch.einsum("bhme,hde->bhmd", context, w_v)
-        if self.kv.bias is not None:
-            out = out + self.kv.bias.unflatten(0, (2, self.num_heads, 1, -1))[1]
-        return out
 
 
 class FactorizedAttention(_Attention):
@@ -232,10 +211,10 @@ class FactorizedAttention(_Attention):
             out = self.attend(q, _heads(self.k(pairs), self.num_heads), _heads(self.v(pairs), self.num_heads))
             return torch.cat((self.project(out), agg_v, agg_a), dim=1)
 
-        (wk_v, wk_a), (wv_v, wv_a) = self.k.weight.chunk(2, dim=1), self.v.weight.chunk(2, dim=1)
-        k_v, v_v = _heads(F.linear(agg_v, wk_v), self.num_heads), _heads(F.linear(agg_v, wv_v), self.num_heads)
-        k_a = _heads(F.linear(agg_a, wk_a, self.k.bias), self.num_heads)
-        v_a = _heads(F.linear(agg_a, wv_a, self.v.bias), self.num_heads)
+        (k_v, k_a), (v_v, v_a) = (
+            (_heads(y, self.num_heads) for y in split_linear((agg_v, agg_a), layer.weight, layer.bias))
+            for layer in (self.k, self.v)
+        )
         out = pair_attention(q, k_v, v_v, k_a, v_a, scale=self.scale, dropout_p=self.dropout_p())
         out = torch.cat((self.project(out), agg_v, agg_a), dim=1)
         if not return_attention:

@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from avfusion.model import Block, DeepAVFusion, sincos_position_embedding
+from avfusion.model import Block, DeepAVFusion, sincos_position_embedding, take
 
 EPS = 1e-6  # of the variance of a target patch
 
@@ -176,22 +176,17 @@ class AVMAE(nn.Module):
             for part in ("embed", "mask_token", "pos_embed", "blocks", "norm", "pred")
         )
         visible, fusion = x.shape[1], x_fusion.shape[1]
-        positions = _take(positions.expand(len(ids), -1, -1), ids)
+        positions = take(positions.expand(len(ids), -1, -1), ids)
         x = torch.cat((embed(x_fusion), embed(x) + positions[:, :visible], mask_token + positions[:, visible:]), dim=1)
         for block in blocks[:-1]:
             x = block(x)
         wanted = fusion if predict else fusion + visible
         x = pred(norm(blocks[-1](x[:, wanted:], prefix=x[:, :wanted])))
-        return (_take(x, ids.argsort(dim=1)), x[:, visible:]) if predict else (None, x)
+        return (take(x, ids.argsort(dim=1)), x[:, visible:]) if predict else (None, x)
 
     def _loss(self, name: str, pred: Tensor, x: Tensor, ids: Tensor) -> Tensor:
-        target = _take(patchify(x, self.encoder.config.patch_size), ids[:, self.visible[name] :])
+        target = take(patchify(x, self.encoder.config.patch_size), ids[:, self.visible[name] :])
         if self.norm_loss:
             mean, deviation = patch_statistics(target)
             target = (target - mean) / deviation
         return (pred - target).square().mean()  # keeps the difference alone; mse_loss would keep both
-
-
-def _take(x: Tensor, ids: Tensor) -> Tensor:
-    """x [B, n, D], ids [B, m] -> [B, m, D]."""
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -119,6 +119,11 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()
 
 
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """x [B, n, D], ids [B, m] -> [B, m, D]."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over [prefix ; x] with queries from x only."""
 
@@ -135,10 +140,9 @@ class Attention(nn.Module):
         else:
             # Joining the tokens before one projection to keys and values is cheaper than joining keys and values after
             # two: one copy for two, and one matrix product of a good size for a good and a small one.
-            dim = x.shape[-1]
-            (w_q, w_kv), (b_q, b_kv) = (t.split((dim, 2 * dim)) for t in (self.qkv.weight, self.qkv.bias))
-            q = rearrange(F.linear(x, w_q, b_q), "b n (h d) -> b h n d", h=self.num_heads)
-            kv = F.linear(torch.cat((prefix, x), dim=1), w_kv, b_kv)
+            dim, joined = x.shape[-1], torch.cat((prefix, x), dim=1)
+            q, kv = avfkernels.split_linear((x, joined), self.qkv.weight, self.qkv.bias, sizes=(dim, 2 * dim))
+            q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
             k, v = rearrange(kv, "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
@@ -180,10 +184,14 @@ class ViT(nn.Module):
 
     def embed(self, x: Tensor, ids_keep: Tensor | None) -> Tensor:
         """x [B, C, H, W], ids_keep [B, n] -> tokens [B, n or all patches, D], positions added."""
-        x = self.patch_embed(x) + self.pos_embed
-        if ids_keep is not None:
-            x = x.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return x
+        if ids_keep is None or avfkernels.materialises():
+            x = self.patch_embed(x) + self.pos_embed
+            return x if ids_keep is None else take(x, ids_keep)
+        # Hidden patches are not embedded: a convolution without overlap is a product with the patches that are kept.
+        p, q = self.patch_embed.patch_size
+        patches = take(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q), ids_keep)
+        proj = self.patch_embed.proj
+        return F.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed[0][ids_keep]
 
 
 class DeepAVFusion(nn.Module):

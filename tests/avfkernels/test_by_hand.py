@@ -1,0 +1,170 @@
+"""Backward passes written by hand, `split_linear` and `absorbed_attention`: against what autograd makes of the same."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import avfkernels
+from avfkernels import split_linear
+from avfkernels.latent_attention import absorbed
+from avfkernels.latent_attention.absorbed import absorbed_attention
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"))
+
+
+def random(*shape, dtype=torch.float64, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+
+def by_rows(biased=True, **options):
+    """Two inputs of other lengths, the first three rows of the weight for the first."""
+    tensors = [random(2, 3, 4, **options), random(2, 5, 4, seed=1, **options), random(8, 4, **options)]
+    return [*tensors, random(8, **options) if biased else None], {"sizes": (3, 5)}
+
+
+def by_columns(biased=True, **options):
+    tensors = [random(2, 3, 4, **options), random(2, 5, 2, **options), random(7, 6, **options)]
+    return [*tensors, random(7, **options) if biased else None], {}
+
+
+def cross(biased=True, heads=2, latents=3, tokens=5, dim=6, width=4, **options):
+    tensors = [random(2, heads, latents, width, **options), random(2, tokens, dim, **options)]
+    tensors.append(random(2 * heads * width, dim, **options))
+    return [*tensors, random(2 * heads * width, **options) if biased else None]
+
+
+def apply(x1, x2, weight, bias, sizes=None):
+    return split_linear((x1, x2), weight, bias, sizes=sizes)
+
+
+def written_out(x1, x2, weight, bias, sizes=None):
+    if sizes is None:
+        (w1, w2), (b1, b2) = weight.split((x1.shape[-1], x2.shape[-1]), dim=1), (None, bias)
+    else:
+        (w1, w2), (b1, b2) = weight.split(sizes), (None, None) if bias is None else bias.split(sizes)
+    return F.linear(x1, w1, b1), F.linear(x2, w2, b2)
+
+
+def projected(q, x, weight, bias, scale):
+    """What absorbed attention equals: keys and values of every token."""
+    k, v = F.linear(x, weight, bias).unflatten(2, (2, q.shape[1], -1)).permute(2, 0, 3, 1, 4)
+    return (q @ k.transpose(2, 3) * scale).softmax(-1) @ v
+
+
+def gradients(outputs, tensors, grads):
+    return torch.autograd.grad(outputs, [t for t in tensors if t is not None], grads, allow_unused=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("case", [by_rows, by_columns])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_split_linear_equals_its_parts_with_every_gradient(case, biased, dtype, device):
+    tensors, options = case(biased, dtype=dtype, device=device)
+    got, expected = apply(*tensors, **options), written_out(*tensors, **options)
+    assert "SplitLinear" in type(got[0].grad_fn).__name__
+    grads = [random(*y.shape, dtype=dtype, seed=2, device=device).detach() for y in got]
+    found, wanted = gradients(got, tensors, grads), gradients(expected, tensors, grads)
+    for a, b in zip((*got, *found), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [{}, {"heads": 1, "latents": 1, "tokens": 1, "dim": 1, "width": 1},
+                                   {"tokens": 196, "latents": 8, "dim": 96, "width": 16, "heads": 6}])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_absorbed_attention_equals_the_projected_one_with_every_gradient(shape, biased, dtype, device):
+    """In half types: no further from float64 than what projects every token."""
+    exact = cross(biased, **shape, device=device)
+    tensors = [t if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
+    results = []
+    for function, inputs in ((projected, exact), (projected, tensors), (absorbed_attention, tensors)):
+        out = function(*inputs, 0.3)
+        grad = random(*out.shape, seed=2, device=device).detach().to(out.dtype)
+        results.append((out, *gradients(out, inputs, grad)))
+    assert "Absorbed" in type(out.grad_fn).__name__
+    for expected, usual, got in zip(*results, strict=True):
+        error, allowed = ((x.double() - expected).norm() for x in (got, usual))
+        # The bias of keys has no gradient: what the projected one finds there is rounding.
+        assert error <= 2 * allowed + 1e-6 * expected.norm() + (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("case", [by_rows, by_columns])
+def test_second_derivatives_of_split_linear(case, strided):
+    tensors, options = case()
+    if strided:
+        tensors[0] = tensors[0].detach().mT.contiguous().mT.requires_grad_()
+    function = lambda *t: apply(*t, **options)  # noqa: E731
+    assert gradcheck(function, tensors)
+    assert gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_second_derivatives_of_absorbed_attention(strided):
+    tensors = cross()
+    if strided:
+        tensors[:2] = [t.detach().mT.contiguous().mT.requires_grad_() for t in tensors[:2]]
+    function = lambda *t: absorbed_attention(*t, 0.5)  # noqa: E731
+    assert gradcheck(function, tensors)
+    assert gradgradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen):
+    for tensors, function in (
+        (by_rows()[0], lambda *t: apply(*t, sizes=(3, 5))),
+        (by_columns()[0], apply),
+        (cross(), lambda *t: (absorbed_attention(*t, 0.5),)),
+    ):
+        wanted = [t for i, t in enumerate(tensors) if i != frozen]
+        outputs = function(*tensors)
+        expected = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+        tensors[frozen].requires_grad_(False)
+        outputs = function(*tensors)
+        got = torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+        torch.testing.assert_close(got, expected)
+        tensors[frozen].requires_grad_()
+
+
+@pytest.mark.parametrize("function", [lambda: apply(*by_rows(dtype=torch.float32)[0], sizes=(3, 5)),
+                                      lambda: (absorbed_attention(*cross(dtype=torch.float32), 0.5),)])  # fmt: skip
+def test_under_autocast_outputs_are_of_its_dtype_and_gradients_of_the_weights(function):
+    exact = [y.detach() for y in function()]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = function()
+    for y, expected in zip(outputs, exact, strict=True):
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+    tensors, options = by_columns(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = apply(*tensors, **options)
+    grads = gradients(outputs, tensors, [torch.ones_like(y) for y in outputs])
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+def test_split_linear_names_sizes_that_do_not_fit():
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"2 inputs by rows \[3, 4\].*\[8, 4\]"):
+        split_linear((x, x), torch.ones(8, 4), sizes=(3, 4))
+    with pytest.raises(ValueError, match=r"2 inputs by columns \[4, 4\].*\[8, 4\]"):
+        split_linear((x, x), torch.ones(8, 4))
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_other_backends_and_compiled_graphs_recompute_by_checkpoint(needs, monkeypatch):
+    """`_Absorbed` stands for `eager`; a fused backend, or a trace, keeps the composition, computed again."""
+    calls = []
+    monkeypatch.setattr(absorbed, "checkpoint", lambda f, *t, **_: calls.append(f) or f(*t))
+    tensors = cross(dtype=torch.float32, latents=8, tokens=9, dim=16)
+    tensors = [t.detach().requires_grad_(needs) for t in tensors]
+    fused = avfkernels._native.why_unavailable() is None
+    with avfkernels.backend("cpu" if fused else "eager"):
+        out = absorbed_attention(*tensors, 0.5)
+    assert bool(calls) == fused
+    with avfkernels.backend("eager"):
+        torch.testing.assert_close(out, absorbed_attention(*tensors, 0.5))
+    assert bool(calls) == fused
