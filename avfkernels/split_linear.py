@@ -60,11 +60,16 @@ def _parts_applied(columns, sizes, weight, bias, *xs):
 
 
 class _SplitLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, columns, sizes, weight, bias, *xs):
-        ctx.save_for_backward(weight, bias, *xs)
-        ctx.columns, ctx.sizes = columns, sizes
+    def forward(columns, sizes, weight, bias, *xs):
         return _parts_applied(columns, sizes, weight, bias, *xs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.columns, ctx.sizes, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -75,9 +80,10 @@ class _SplitLinear(torch.autograd.Function):
 
         _, _, _, needs_bias, *needs_xs = ctx.needs_input_grad
         d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias) if needs_bias else None
-        d_weights, d_biases = _split(ctx.columns, ctx.sizes, d_weight, d_bias)
+        (weights, _), (d_weights, d_biases) = (
+            _split(ctx.columns, ctx.sizes, w, b) for w, b in ((weight, None), (d_weight, d_bias))
+        )
         d_xs = []
-        weights, _ = _split(ctx.columns, ctx.sizes, weight, None)
         for x, w, grad, d_w, d_b, needs_x in zip(xs, weights, grads, d_weights, d_biases, needs_xs, strict=True):
             d_xs.append(grad @ w if needs_x else None)
             grad = grad.flatten(0, -2)

@@ -32,8 +32,8 @@ def absorbed_attention(q: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     if autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return absorbed_attention(*cast_for_autocast(q, x, weight, bias), scale)
-    if not torch.compiler.is_compiling() and _on_eager(q, x):
-        return _Absorbed.apply(q, x, weight, bias, scale)
+    if not torch.compiler.is_compiling() and _on_eager(q, x, weight):
+        return _Absorbed.apply(q, x, weight, bias, scale)[0]
     return checkpoint(_composite, q, x, weight, bias, scale, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -54,33 +54,39 @@ def _composite(q, x, weight, bias, scale):
     return out if bias is None else out + _by_heads(bias, q.shape[1])[1].unsqueeze(1)
 
 
-def _on_eager(q: Tensor, x: Tensor) -> bool:
+def _on_eager(q: Tensor, x: Tensor, weight: Tensor) -> bool:
     """Whether the attention inside would run on `eager`."""
     from avfkernels import _ops  # which imports the backends beside this file
 
     table = _ops.BACKENDS["latent_attention"]
-    queries = x.new_empty(1, 1, x.shape[2]).expand(len(x), q.shape[1] * q.shape[2], -1).requires_grad_()
+    queries = weight[None, :1].expand(len(x), q.shape[1] * q.shape[2], -1)  # of their shape, dtype and device
     arguments = {"q": queries, "x": x, "scale": 1.0, "mask": None, "return_lse": False}
     return _backends.select("latent_attention", table, arguments) is table["eager"]
 
 
 class _Absorbed(torch.autograd.Function):
-    """The whole on `eager`. Keeps q, x and the attention weights [B, H * m, N]."""
+    """The whole on `eager`. Keeps q, x and the attention weights [B, H * m, N], which are its second output."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, q, x, weight, bias, scale):
+    def forward(q, x, weight, bias, scale):
         w_k, w_v = _by_heads(weight, q.shape[1])
         queries = _to_tokens(torch.bmm(_to_heads(q), w_k), q)
         scores = torch.baddbmm(q.new_zeros(1), queries, x.transpose(1, 2), beta=0, alpha=scale)
         attn, _ = masked_softmax(scores, None, False)
         context = _to_heads((attn @ x).view(*q.shape[:3], -1))
-        ctx.save_for_backward(q, x, weight, bias, attn)
-        ctx.scale = scale
         out = torch.bmm(context, w_v.transpose(1, 2)).unflatten(1, (len(q), -1)).transpose(0, 1)
-        return out if bias is None else out + _by_heads(bias, q.shape[1])[1].unsqueeze(1)
+        return out if bias is None else out + _by_heads(bias, q.shape[1])[1].unsqueeze(1), attn
 
     @staticmethod
-    def backward(ctx, grad):
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):
         q, x, weight, bias, attn = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():

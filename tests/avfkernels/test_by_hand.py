@@ -113,6 +113,24 @@ def test_second_derivatives_of_absorbed_attention(strided):
     assert gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("case", [by_rows, by_columns, cross])
+def test_gradients_of_each_sample_by_torch_func(case):
+    made = case()
+    tensors, options = (made, {"scale": 0.5}) if case is cross else made
+    hand, plain = (absorbed_attention, projected) if case is cross else (apply, written_out)
+
+    def loss(function):
+        def of_sample(a, b, *shared):
+            outputs = function(a[None], b[None], *shared, **options)
+            return sum(y.sin().sum() for y in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+        return torch.func.vmap(torch.func.grad(of_sample, argnums=(0, 1, 2, 3)), in_dims=(0, 0, None, None))
+
+    tensors = [t.detach() for t in tensors]
+    got, expected = (loss(function)(*tensors) for function in (hand, plain))
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("frozen", range(4))
 def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen):
     for tensors, function in (
