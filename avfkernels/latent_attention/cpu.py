@@ -29,12 +29,11 @@ def why_not(*, q, x, **_) -> str | None:
 
 
 def is_faster(*, q, x, **_) -> bool:
-    # Against `eager` on two cores (bench/test_latent_attention.py). Matrix products use all threads at any batch size;
-    # here a task is 16 queries or, backward, an entry of the batch. With AVX2 the factorized encoder trains faster on
-    # `eager`, which is slower there forward (bench/test_encoder.py).
-    (B, M, D), threads = q.shape, torch.get_num_threads()
-    backward = pair_cpu.wants_gradients(q, x)
-    if backward and _native.isa() != "avx512":
+    # Against `eager` on two cores (bench/test_latent_attention.py): with AVX-512 alone; with AVX2 matrix products take
+    # half to two thirds of the kernel's time. They use all threads at any batch size; here a task is 16 queries or,
+    # backward, an entry of the batch.
+    if _native.isa() != "avx512":
         return False
-    tasks = B if backward else B * (M // 16)
+    (B, M, D), threads = q.shape, torch.get_num_threads()
+    tasks = B if pair_cpu.wants_gradients(q, x) else B * (M // 16)
     return M >= 16 and B * M * x.shape[1] * D >= 1_000_000 and tasks >= threads
