@@ -11,11 +11,13 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast makes of an op's tensors: its dtype for all that are narrower than float64."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def cast_for_autocast(device_type: str, *values) -> tuple:
+    """What autocast makes of an op's arguments: its dtype for floating point tensors narrower than float64."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and v.dtype != torch.float64 else v
+        for v in values
+    )
 
 
 def check_tensors(op: str, q: Tensor, tensors: dict[str, tuple[Tensor, str]]) -> None:

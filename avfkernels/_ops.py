@@ -11,7 +11,7 @@ import torch
 
 from avfkernels import _backends
 from avfkernels._backends import Backend
-from avfkernels._checks import autocast_enabled
+from avfkernels._checks import autocast_enabled, cast_for_autocast
 from avfkernels.latent_attention import cpu as latent_cpu
 from avfkernels.latent_attention import eager as latent_eager
 from avfkernels.latent_attention import reference as latent_reference
@@ -69,10 +69,7 @@ def _run(op: str, arguments: dict):
     device = arguments["q"].device.type
     if not autocast_enabled(device):
         return _backends.select(op, BACKENDS[op], arguments).forward(**arguments)
-    dtype = torch.get_autocast_dtype(device)
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-            arguments[name] = value.to(dtype)
+    arguments = dict(zip(arguments, cast_for_autocast(device, *arguments.values()), strict=True))
     with torch.autocast(device, enabled=False):
         return _backends.select(op, BACKENDS[op], arguments).forward(**arguments)
 

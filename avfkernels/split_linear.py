@@ -41,10 +41,11 @@ def split_linear(
         )
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
         return _parts_applied(columns, sizes, weight, bias, *xs)
-    if not autocast_enabled(weight.device.type):
+    device = weight.device.type
+    if not autocast_enabled(device):
         return _SplitLinear.apply(columns, sizes, weight, bias, *xs)
-    with torch.autocast(weight.device.type, enabled=False):
-        return _SplitLinear.apply(columns, sizes, *cast_for_autocast(weight, bias, *xs))
+    with torch.autocast(device, enabled=False):
+        return _SplitLinear.apply(columns, sizes, *cast_for_autocast(device, weight, bias, *xs))
 
 
 def _split(columns: bool, sizes: list[int], weight: Tensor, bias: Tensor | None):

@@ -29,11 +29,13 @@ def absorbed_attention(q: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     """
     if not torch.is_grad_enabled():
         return _composite(q, x, weight, bias, scale)
-    if autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return absorbed_attention(*cast_for_autocast(q, x, weight, bias), scale)
-    if not torch.compiler.is_compiling() and _on_eager(q, x, weight):
-        return _Absorbed.apply(q, x, weight, bias, scale)[0]
+    if not torch.compiler.is_compiling():  # a trace takes the composition, autocast and all
+        device = x.device.type
+        if autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return absorbed_attention(*cast_for_autocast(device, q, x, weight, bias), scale)
+        if _on_eager(q, x, weight):
+            return _Absorbed.apply(q, x, weight, bias, scale)[0]
     return checkpoint(_composite, q, x, weight, bias, scale, use_reentrant=False, preserve_rng_state=False)
 
 

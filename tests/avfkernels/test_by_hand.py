@@ -165,6 +165,22 @@ def test_under_autocast_outputs_are_of_its_dtype_and_gradients_of_the_weights(fu
     assert all(g.dtype == torch.float32 for g in grads)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("block", [avfkernels.DenseFusion, avfkernels.FactorizedFusion])
+def test_one_graph_in_training_with_and_without_autocast(block, autocast):
+    torch.manual_seed(0)
+    module = block(32, 4, **({"fusion_tkns": (4, 3, 3)} if block is avfkernels.FactorizedFusion else {}))
+    tensors = [torch.randn(2, n, 32) for n in (10, 9, 8)]
+    results = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = run(*tensors)
+        results.append((out, *torch.autograd.grad(out.float().sin().sum(), list(module.parameters()))))
+    tolerance = {"rtol": 0.05, "atol": 0.05} if autocast else {}
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance)
+
+
 def test_split_linear_names_sizes_that_do_not_fit():
     x = torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"2 inputs by rows \[3, 4\].*\[8, 4\]"):
