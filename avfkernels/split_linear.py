@@ -87,8 +87,8 @@ class _SplitLinear(torch.autograd.Function):
         d_xs = []
         for x, w, grad, d_w, d_b, needs_x in zip(xs, weights, grads, d_weights, d_biases, needs_xs, strict=True):
             d_xs.append(grad @ w if needs_x else None)
-            grad = grad.flatten(0, -2)
-            torch.mm(grad.t(), x.flatten(0, -2), out=d_w)
+            grad = grad.reshape(-1, grad.shape[-1])
+            torch.mm(grad.t(), x.reshape(-1, x.shape[-1]), out=d_w)
             if d_b is not None:
                 torch.sum(grad, 0, out=d_b)
         return None, None, d_weight, d_bias, *d_xs

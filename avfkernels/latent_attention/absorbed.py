@@ -77,8 +77,8 @@ class _Absorbed(torch.autograd.Function):
         queries = _to_tokens(torch.bmm(_to_heads(q), w_k), q)
         scores = torch.baddbmm(q.new_zeros(1), queries, x.transpose(1, 2), beta=0, alpha=scale)
         attn, _ = masked_softmax(scores, None, False)
-        context = _to_heads((attn @ x).view(*q.shape[:3], -1))
-        out = torch.bmm(context, w_v.transpose(1, 2)).unflatten(1, (len(q), -1)).transpose(0, 1)
+        context = _to_heads((attn @ x).view(*q.shape[:3], x.shape[2]))
+        out = torch.bmm(context, w_v.transpose(1, 2)).unflatten(1, (len(q), q.shape[2])).transpose(0, 1)
         return out if bias is None else out + _by_heads(bias, q.shape[1])[1].unsqueeze(1), attn
 
     @staticmethod
@@ -100,8 +100,8 @@ class _Absorbed(torch.autograd.Function):
         d_context = _to_tokens(torch.bmm(grad_heads, w_v), q)
         d_attn = (d_context @ x.transpose(1, 2)).to(compute_dtype(q.dtype))
         d_scores = (attn * (d_attn - (d_attn * attn).sum(-1, keepdim=True)) * ctx.scale).to(q.dtype)
-        d_queries = _to_heads((d_scores @ x).view(*q.shape[:3], -1))
-        d_q = torch.bmm(d_queries, w_k.transpose(1, 2)).unflatten(1, (len(q), -1)).transpose(0, 1)
+        d_queries = _to_heads((d_scores @ x).view(*q.shape[:3], x.shape[2]))
+        d_q = torch.bmm(d_queries, w_k.transpose(1, 2)).unflatten(1, (len(q), q.shape[2])).transpose(0, 1)
 
         d_x = d_weight = d_bias = None
         if needs_x:
@@ -110,7 +110,7 @@ class _Absorbed(torch.autograd.Function):
         if needs_weight:
             d_weight = torch.empty_like(weight)
             d_w_k, d_w_v = _by_heads(d_weight, q.shape[1])
-            context = _to_heads((attn @ x).view(*q.shape[:3], -1))
+            context = _to_heads((attn @ x).view(*q.shape[:3], x.shape[2]))
             torch.bmm(q_heads.transpose(1, 2), d_queries, out=d_w_k)
             torch.bmm(grad_heads.transpose(1, 2), context, out=d_w_v)
         if needs_bias:
@@ -126,4 +126,4 @@ def _to_heads(x: Tensor) -> Tensor:
 
 def _to_tokens(x: Tensor, q: Tensor) -> Tensor:
     """[H, B * m, D] -> [B, H * m, D], as products with tokens take it; q is [B, H, m, d]."""
-    return x.unflatten(1, (len(q), -1)).transpose(0, 1).flatten(1, 2)
+    return x.unflatten(1, (len(q), q.shape[2])).transpose(0, 1).flatten(1, 2)

@@ -132,6 +132,25 @@ def test_gradients_of_each_sample_by_torch_func(case):
     torch.testing.assert_close(got, expected)
 
 
+def test_an_empty_batch_has_gradients_of_zero():
+    for tensors, function in (
+        (by_rows()[0], lambda *t: apply(*t, sizes=(3, 5))),
+        (by_columns()[0], apply),
+        (cross(), lambda *t: (absorbed_attention(*t, 0.5),)),
+    ):
+        tensors[:2] = [t.detach()[:0].requires_grad_() for t in tensors[:2]]
+        outputs = function(*tensors)
+        grads = torch.autograd.grad(outputs, tensors, [torch.ones_like(y) for y in outputs])
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+        assert all((g == 0).all() for g in grads)
+
+
+def test_split_linear_takes_vectors():
+    (x1, x2, *shared), options = by_rows()
+    x1, x2 = (x.detach()[0, 0].requires_grad_() for x in (x1, x2))
+    assert gradcheck(lambda *t: apply(*t, **options), (x1, x2, *shared))
+
+
 @pytest.mark.parametrize("frozen", range(4))
 def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen):
     for tensors, function in (
