@@ -42,6 +42,11 @@ def pytest_configure(config):
             raise pytest.UsageError(str(error)) from None
 
 
+def write(sections: dict[str, dict]) -> Path:
+    name = device_name()
+    return report.save(HERE / "results", measure.slug(name), name, sections)
+
+
 def device_name() -> str:
     return measure.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -110,14 +115,20 @@ def progress(request):
 
 @pytest.fixture(scope="session")
 def publish(request, device):
-    """publish(name, section): printed at the end of the run and, unless --quick, written to the results."""
+    """publish(name, section): printed at the end of the run, and written to the results.
+
+    Written at once, so that a run that is killed keeps what it measured; with --compare at the end, if it passes; with
+    --quick never.
+    """
+    config = request.config
+    command = shlex.join(["pytest", *config.invocation_params.args])
+    at_once = not config.getoption("--quick") and KNOWN not in config.stash
 
     def add(name: str, section: dict) -> None:
-        made = {
-            "command": shlex.join(["pytest", *request.config.invocation_params.args]),
-            "environment": measure.environment(device),
-        }
-        request.config.stash[SECTIONS][name] = section | made
+        section = section | {"command": command, "environment": measure.environment(device)}
+        config.stash[SECTIONS][name] = section
+        if at_once:
+            write({name: section})
 
     return add
 
@@ -160,5 +171,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if sections and (config.getoption("--quick") or not passes):
         terminalreporter.write_line(f"{'--quick' if passes else '--compare failed'}: nothing is written")
     elif sections:
-        path = report.save(HERE / "results", measure.slug(name), name, sections)
+        path = write(sections)
+        report.render(path)
         terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}, and drawn from it .md and .png")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -178,8 +179,12 @@ def environment(device: torch.device) -> dict:
     }
 
 
+@cache
 def _commit() -> str | None:
-    """The commit of this checkout, "-dirty" if tracked files differ from it; None outside a checkout."""
+    """The commit of this checkout, "-dirty" if tracked files differ from it; None outside a checkout.
+
+    As the run finds it: the results that it writes are tracked files too.
+    """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -17,13 +17,12 @@ MIB = 2**20
 
 
 def save(folder: Path, slug: str, device: str, sections: dict[str, dict]) -> Path:
-    """Merges the sections into the device's file and renders it. Returns the JSON's path."""
+    """Merges the sections into the device's file, a JSON whose path it returns. `render` draws it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}.json"
     known = json.loads(path.read_text())["sections"] if path.exists() else {}
     results = {"device": device, "sections": dict(sorted((known | sections).items()))}
     _replace(path, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
-    render(path)
     return path
 
 

@@ -168,29 +168,38 @@ def test_a_file_that_is_no_results_file(tmp_path, text):
 
 
 PUBLISH = """
-import json
+import json, os
 from pathlib import Path
+import bench.conftest
 from bench.conftest import *
+
+bench.conftest.HERE = Path(__file__).parent
 
 def test_measures(publish):
     publish("encoder", json.loads(Path("now.json").read_text()))
+    if "KILLED" in os.environ:
+        os._exit(9)
 """
 
 
-def pytest_of(tmp_path, now, *arguments):
-    """Runs pytest with the hooks of bench/ on a benchmark that "measures" the section `now`."""
+def pytest_of(tmp_path, now, *arguments, **environment):
+    """Runs pytest with the hooks of bench/, results beside it, on a benchmark that "measures" the section `now`."""
     (tmp_path / "test_made_up.py").write_text("from conftest import test_measures\n")
     (tmp_path / "conftest.py").write_text(PUBLISH)
     (tmp_path / "now.json").write_text(json.dumps(now))
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--quick", "--rootdir", tmp_path, *arguments],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", tmp_path, *arguments],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True,
     )  # fmt: skip
 
 
-def test_pytest_fails_on_a_regression_and_says_which(tmp_path):
+def slower():
     now = {k: v for k, v in measured(encoder__r1__time=1.5)["encoder"].items() if k != "environment"}
-    now["rows"] = [row | {"per_second": 1.0, "seconds": {"median": 1.0}, "rounds": 1} for row in now["rows"]]
+    return now | {"rows": [r | {"per_second": 1.0, "seconds": {"median": 1.0}, "rounds": 1} for r in now["rows"]]}
+
+
+def test_pytest_fails_on_a_regression_and_says_which(tmp_path):
+    now = slower()
     file, device = tmp_path / "known.json", torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sections = {"encoder": KNOWN["encoder"] | {"environment": measure.environment(device)}}
     file.write_text(json.dumps({"device": measure.device_name(device), "sections": sections}))
@@ -202,11 +211,27 @@ def test_pytest_fails_on_a_regression_and_says_which(tmp_path):
     assert "2 ratios compared, 1 worse by more than 20%" in done.stdout
     assert "36%" in done.stdout
     assert "nothing is written" in done.stdout
+    assert not (tmp_path / "results").exists()
 
     file.write_text(json.dumps({"device": "another", "sections": sections}))
     done = pytest_of(tmp_path, now, *arguments)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert f"measured on another; this is {measure.device_name(device)}" in done.stderr
+
+
+def test_results_are_there_as_soon_as_they_are_measured(tmp_path):
+    assert pytest_of(tmp_path, slower(), "--benchmark", KILLED="1").returncode == 9
+    (path,) = (tmp_path / "results").iterdir()
+    assert list(json.loads(path.read_text())["sections"]) == ["encoder"]
+
+    assert pytest_of(tmp_path, slower(), "--benchmark").returncode == 0
+    assert {made.suffix for made in (tmp_path / "results").iterdir()} == {".json", ".md"}
+
+
+def test_quick_runs_write_nothing(tmp_path):
+    done = pytest_of(tmp_path, slower(), "--benchmark", "--quick")
+    assert "--quick: nothing is written" in done.stdout
+    assert not (tmp_path / "results").exists()
 
 
 def test_compare_without_benchmark_is_a_usage_error(tmp_path):

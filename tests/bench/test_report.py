@@ -51,8 +51,14 @@ OP_ROWS = [
 ]
 
 
+def written(folder, sections):
+    path = report.save(folder, "cpu-x", "CPU X", sections)
+    report.render(path)
+    return path
+
+
 def test_files_of_a_run(tmp_path):
-    path = report.save(tmp_path, "cpu-x", "CPU X", {"encoder": ENCODER})
+    path = written(tmp_path, {"encoder": ENCODER})
     text = path.with_suffix(".md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu-x.json", "cpu-x.md", "cpu-x.png"]
     for expected in ("peak memory, MiB", "videos/s", "GFLOP/video", "**12.00 ×**", "31.6 GB", "3.37 ×", "out of memory",
@@ -70,7 +76,7 @@ def test_curves_are_drawn(tmp_path):
         for x in (1, 4)
     ]
     rows.append({"name": "batch 16: dense, materialised", "line": "dense, materialised", "x": 16, "note": "left out"})
-    path = report.save(tmp_path, "cpu-x", "CPU X", {"scaling": section("The batch", rows) | {"x": "batch"}})
+    path = written(tmp_path, {"scaling": section("The batch", rows) | {"x": "batch"}})
     assert "cpu-x-scaling.png" in path.with_suffix(".md").read_text()
     assert len((tmp_path / "cpu-x-scaling.png").read_bytes()) > 20_000
 
@@ -86,7 +92,7 @@ def test_rows_that_need_cuda_say_so():
 
 def test_a_run_replaces_only_its_sections(tmp_path):
     report.save(tmp_path, "cpu-x", "CPU X", {"a": ENCODER, "b": section("Op, old", OP_ROWS)})
-    path = report.save(tmp_path, "cpu-x", "CPU X", {"b": section("Op, new", OP_ROWS)})
+    path = written(tmp_path, {"b": section("Op, new", OP_ROWS)})
     sections = json.loads(path.read_text())["sections"]
     assert sections == {"a": ENCODER, "b": section("Op, new", OP_ROWS)}
     text = path.with_suffix(".md").read_text()
@@ -97,7 +103,7 @@ def test_a_run_replaces_only_its_sections(tmp_path):
 
 
 def test_rendering_again_gives_the_same(tmp_path):
-    path = report.save(tmp_path, "cpu-x", "CPU X", {"encoder": ENCODER})
+    path = written(tmp_path, {"encoder": ENCODER})
     before = path.with_suffix(".md").read_text()
     path.with_suffix(".md").unlink()
     subprocess.run([sys.executable, "-m", "bench.report", str(path)], cwd=ROOT, check=True)
