@@ -17,10 +17,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from avfkernels._autograd import transformed
+
 NAMES = ("reference", "eager", "cpu", "triton", "cuda")
 FUSED = ("cuda", "triton", "cpu")  # in order of preference
 
-# A module global, not a context variable: torch.compile guards on it, so a compiled module follows the override.
+# A module global, not a context variable: torch.compile guards on it, as `_ops.call` and modules read it in a trace.
 _forced: str | None = None
 
 
@@ -66,17 +68,26 @@ def backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
-def select(op: str, table: dict[str, Backend], arguments: dict) -> Backend:
-    """The backend of `table` that runs `op` with these arguments. Raises RuntimeError if the forced one cannot."""
-    if _forced in table:
-        reason = table[_forced].why_not(**arguments)
-        if reason:
-            raise RuntimeError(f"{op}: the backend {_forced!r} was asked for and cannot run: {reason}")
-        return table[_forced]
-    eager = table["eager"].why_not(**arguments) is None
-    if _forced is None:
+def select(op: str, table: dict[str, Backend], arguments: dict, forced: str | None = None) -> Backend:
+    """The backend of `table` that runs `op` with these arguments; `forced` names it in place of the override.
+
+    Raises RuntimeError if the forced one cannot.
+    """
+    forced = forced or _forced
+
+    def why_not(name: str) -> str | None:
+        if name in FUSED and transformed():
+            return "torch.func and forward-mode differentiation need operators of PyTorch"
+        return table[name].why_not(**arguments)
+
+    if forced in table:
+        if reason := why_not(forced):
+            raise RuntimeError(f"{op}: the backend {forced!r} was asked for and cannot run: {reason}")
+        return table[forced]
+    eager = why_not("eager") is None
+    if forced is None:
         for name in FUSED:
-            if name not in table or table[name].why_not(**arguments):
+            if name not in table or why_not(name):
                 continue
             # Where eager has no algebra, the alternative holds every pair in memory.
             if not eager or table[name].is_faster(**arguments):

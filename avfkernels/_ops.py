@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from avfkernels import _backends
+from avfkernels._autograd import gradients_by_formula
 from avfkernels._backends import Backend
 from avfkernels._checks import autocast_enabled, cast_for_autocast
 from avfkernels.latent_attention import cpu as latent_cpu
@@ -28,15 +29,17 @@ from avfkernels.prefix_attention import triton as prefix_triton
 SCHEMAS = {
     "pair_attention": (
         "(Tensor q, Tensor k1, Tensor v1, Tensor k2, Tensor v2, *, float scale, str interaction='sum', "
-        "Tensor? mask1=None, Tensor? mask2=None, float dropout_p=0.0, Tensor? seed=None, bool return_lse=False) "
+        "Tensor? mask1=None, Tensor? mask2=None, float dropout_p=0.0, Tensor? seed=None, bool return_lse=False, "
+        "str backend='') "
         "-> (Tensor out, Tensor lse)"
     ),
     "latent_attention": (
-        "(Tensor q, Tensor x, *, float scale, Tensor? mask=None, bool return_lse=False) -> (Tensor out, Tensor lse)"
+        "(Tensor q, Tensor x, *, float scale, Tensor? mask=None, bool return_lse=False, str backend='') "
+        "-> (Tensor out, Tensor lse)"
     ),
     "prefix_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor k_prefix, Tensor v_prefix, *, float scale, bool return_lse=False) "
-        "-> (Tensor out, Tensor lse)"
+        "(Tensor q, Tensor k, Tensor v, Tensor k_prefix, Tensor v_prefix, *, float scale, bool return_lse=False, "
+        "str backend='') -> (Tensor out, Tensor lse)"
     ),
 }
 
@@ -64,20 +67,23 @@ BACKENDS: dict[str, dict[str, Backend]] = {
 _library = torch.library.Library("avfkernels", "DEF")
 
 
-def _run(op: str, arguments: dict):
+def _run(op: str, arguments: dict, forced: str | None = None):
     """Runs an op on the backend of choice; under autocast, casts as torch's own attention does."""
     device = arguments["q"].device.type
     if not autocast_enabled(device):
-        return _backends.select(op, BACKENDS[op], arguments).forward(**arguments)
+        return _backends.select(op, BACKENDS[op], arguments, forced).forward(**arguments)
     arguments = dict(zip(arguments, cast_for_autocast(device, *arguments.values()), strict=True))
     with torch.autocast(device, enabled=False):
-        return _backends.select(op, BACKENDS[op], arguments).forward(**arguments)
+        return _backends.select(op, BACKENDS[op], arguments, forced).forward(**arguments)
 
 
 def call(op: str, **arguments):
-    """The registered op: as an op where a graph is made, and otherwise without the cost of the dispatcher."""
+    """The registered op: as an op where a graph is made, and otherwise without the cost of the dispatcher.
+
+    A graph holds the override: it is traced anew for another one, and caches of compiled graphs tell them apart.
+    """
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.avfkernels, op)(**arguments)
+        return getattr(torch.ops.avfkernels, op)(**arguments, backend=_backends.forced() or "")
     return _run(op, arguments)
 
 
@@ -85,7 +91,8 @@ def _define(op: str, schema: str) -> None:
     defaults = {argument.name: argument.default_value for argument in torch._C.parse_schema(op + schema).arguments}
 
     def composite(*args, **kwargs):
-        return _run(op, defaults | dict(zip(defaults, args, strict=False)) | kwargs)
+        arguments = defaults | dict(zip(defaults, args, strict=False)) | kwargs
+        return _run(op, arguments, forced=arguments.pop("backend"))
 
     _library.define(op + schema)
     _library.impl(op, composite, "CompositeImplicitAutograd")
@@ -102,13 +109,22 @@ def _define_fused(module, key: str) -> None:
     """A fused backend: two ops, forward and backward; `key` is their dispatch key.
 
     `module` holds SCHEMA, kernel, fake and the same three for BACKWARD, and joins them in setup_context and backward.
+    Where a kernel's own gradients will not do, those of its `formula` take their place: (function, tensors), with
+    function(*tensors) = out, lse in operators of PyTorch.
     """
     _define_opaque(module.SCHEMA, module.kernel, module.fake, key)
     _define_opaque(module.BACKWARD_SCHEMA, module.backward_kernel, module.backward_fake, key)
     name = module.SCHEMA.split("(")[0]
-    torch.library.register_autograd(
-        f"avfkernels::{name}", module.backward, setup_context=module.setup_context, lib=_library
-    )
+
+    def backward(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return module.backward(ctx, *grads)
+        function, tensors = module.formula(ctx)
+        needed = ctx.needs_input_grad[: len(tensors)]
+        found = gradients_by_formula(function, tensors, needed, grads[:2])
+        return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
+
+    torch.library.register_autograd(f"avfkernels::{name}", backward, setup_context=module.setup_context, lib=_library)
 
 
 for _op, _schema in SCHEMAS.items():

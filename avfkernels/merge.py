@@ -34,7 +34,8 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> t
         if lse.shape != out1.shape[:-1]:
             raise ValueError(f"merge_attention: {name} must have shape {list(out1.shape[:-1])}, got {list(lse.shape)}")
     empty = torch.maximum(lse1, lse2) == float("-inf")  # no key in either part: weights 0, not NaN
-    lse = torch.logaddexp(lse1, lse2)
-    reference = torch.where(empty, 0.0, lse)
+    # Infinities must not reach logaddexp together: its gradient there is NaN, even of nothing.
+    reference = torch.logaddexp(lse1.masked_fill(empty, 0.0), lse2.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
+    lse = reference.masked_fill(empty, float("-inf"))
     weight1, weight2 = ((part - reference).exp().unsqueeze(-1) for part in (lse1, lse2))
     return (out1 * weight1 + out2 * weight2).to(out1.dtype), lse

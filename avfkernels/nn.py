@@ -53,6 +53,8 @@ def _marginals(q: Tensor, k1: Tensor, k2: Tensor, scale: float, interaction: str
     """The marginals [B, H, F, N1], [B, H, F, N2] of the attention over pairs; their outer product, for sums."""
     if interaction == "sum":
         return _softmax_weights(q, k1, scale), _softmax_weights(q, k2, scale)
+    if k1.shape[2] == 0:
+        return q.new_zeros(*q.shape[:3], 0), q.new_zeros(*q.shape[:3], k2.shape[2])
     nothing1, nothing2 = (k.new_zeros(*k.shape[:3], 1) for k in (k1, k2))
     _, lse = pair_attention(q, k1, nothing1, k2, nothing2, scale=scale, interaction=interaction, return_lse=True)
     # One token of the first set at a time, so that no tensor of all pairs exists: [B, H, F, N2].

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avfkernels._autograd import recorded_gradients
+from avfkernels._autograd import gradients_by_formula, transformed
 from avfkernels._checks import autocast_enabled, cast_for_autocast
 
 
@@ -23,7 +23,8 @@ def split_linear(
 
     By rows it is a packed query-key-value projection whose parts see different tokens (rewrite R3), by columns a layer
     over concatenated features that is not to see every pair of them (R1): the sum of all y[i] is W [x[0] ; x[1] ; ...]
-    + b. The backward pass writes the gradients of the parts into the one of W. torch.compile traces part by part.
+    + b. The backward pass writes the gradients of the parts into the one of W. torch.compile and torch.func see
+    the parts.
 
     Args:
         xs: tensors [..., in_i]. weight: [out, in]. bias: [out]. One dtype and device for all, autocast aside.
@@ -39,7 +40,7 @@ def split_linear(
             f"split_linear: {len(xs)} inputs by {'columns' if columns else 'rows'} {sizes} do not make up a weight "
             f"of shape {list(weight.shape)}"
         )
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+    if torch.compiler.is_compiling() or transformed() or not (torch.is_grad_enabled() and weight.requires_grad):
         return _parts_applied(columns, sizes, weight, bias, *xs)
     device = weight.device.type
     if not autocast_enabled(device):
@@ -61,8 +62,6 @@ def _parts_applied(columns, sizes, weight, bias, *xs):
 
 
 class _SplitLinear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(columns, sizes, weight, bias, *xs):
         return _parts_applied(columns, sizes, weight, bias, *xs)
@@ -77,7 +76,7 @@ class _SplitLinear(torch.autograd.Function):
         weight, bias, *xs = ctx.saved_tensors
         if torch.is_grad_enabled():
             parts = partial(_parts_applied, ctx.columns, ctx.sizes)
-            return None, None, *recorded_gradients(parts, (weight, bias, *xs), ctx.needs_input_grad[2:], grads)
+            return None, None, *gradients_by_formula(parts, (weight, bias, *xs), ctx.needs_input_grad[2:], grads)
 
         _, _, _, needs_bias, *needs_xs = ctx.needs_input_grad
         d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias) if needs_bias else None

@@ -50,7 +50,7 @@ int64_t pair_product_forward(const AvfPairAttention& a, int64_t b, int64_t h, in
             }
         }
     }
-    const v16i empty = softmax.empty();
+    const v16i empty = softmax.no_token();
     const v16 factor = select(empty, v16{}, 1.f / softmax.sum);
     for (int64_t d = 0; d < a.dv; ++d) out[d] *= factor;
     write_lanes(out, a.out, a, b, h, block, a.dv, v1);

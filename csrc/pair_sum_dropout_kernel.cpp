@@ -55,7 +55,7 @@ int64_t pair_sum_dropout_forward(const AvfPairAttention& a, int64_t b, int64_t h
         logits_of(a, s, b, h, q, widened, side[s].weights);
         softmax[s].add(side[s].weights, a.N[s]);
     }
-    const v16i empty = softmax[0].empty() | softmax[1].empty();
+    const v16i empty = softmax[0].no_token() | softmax[1].no_token();
     v16 factors[2];
     for (int s = 0; s < 2; ++s) {
         const v16 factor = factors[s] = select(empty, v16{}, 1.f / softmax[s].sum);

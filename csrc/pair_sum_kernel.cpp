@@ -32,7 +32,7 @@ int64_t pair_sum_forward(const AvfPairAttention& a, int64_t b, int64_t h, int64_
     for (int s = 0; s < 2; ++s) softmax[s] = attend(a, s, b, h, q, logits, widened, sums[s]);
 
     // A side without any token leaves no pair: the output is 0 and lse is -inf.
-    const v16i empty = softmax[0].empty() | softmax[1].empty();
+    const v16i empty = softmax[0].no_token() | softmax[1].no_token();
     for (int s = 0; s < 2; ++s) {
         const v16 factor = select(empty, v16{}, 1.f / softmax[s].sum);
         for (int64_t d = 0; d < a.dv; ++d) sums[s][d] *= factor;

@@ -253,6 +253,7 @@ struct Softmax {
     }
 
     v16i empty() const { return maximum == -INFINITY; }
+    v16i no_token() const { return empty() & (sum == 0.f); }  // a logit that is NaN leaves no maximum, but a sum
     v16 lse() const { return LN2 * (offset + log2(sum)); }  // meaningless while empty
 };
 

@@ -34,6 +34,7 @@ constexpr int REGISTER = 32;  // bytes
 constexpr int REGISTER = 16;
 #endif
 
+namespace AVF_ISA {  // its constructor is no static function
 template <class T>
 struct Vector {
     typedef T Part __attribute__((vector_size(REGISTER)));
@@ -46,9 +47,10 @@ struct Vector {
         for (int i = 0; i < PARTS; ++i) p[i] = Part{} + x;
     }
 };
-typedef Vector<float> v16;
-typedef Vector<int32_t> v16i;
-typedef Vector<uint32_t> v16u;
+}  // namespace AVF_ISA
+typedef AVF_ISA::Vector<float> v16;
+typedef AVF_ISA::Vector<int32_t> v16i;
+typedef AVF_ISA::Vector<uint32_t> v16u;
 
 #define AVF_EACH(result, expression)                                       \
     result r;                                                              \

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from avfkernels import _backends
-from avfkernels._autograd import recorded_gradients
+from avfkernels._autograd import gradients_by_formula, transformed
 from avfkernels._checks import autocast_enabled, cast_for_autocast
 from avfkernels._math import compute_dtype, masked_softmax
 from avfkernels.latent_attention import latent_attention
@@ -27,7 +27,7 @@ def absorbed_attention(q: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
     Args: q [B, H, m, d]; x [B, N, D]; weight [2 * H * d, D] and bias [2 * H * d] (or None), keys before values.
     Returns: [B, H, m, d].
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or transformed():
         return _composite(q, x, weight, bias, scale)
     if not torch.compiler.is_compiling():  # a trace takes the composition, autocast and all
         device = x.device.type
@@ -69,8 +69,6 @@ def _on_eager(q: Tensor, x: Tensor, weight: Tensor) -> bool:
 class _Absorbed(torch.autograd.Function):
     """The whole on `eager`. Keeps q, x and the attention weights [B, H * m, N], which are its second output."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(q, x, weight, bias, scale):
         w_k, w_v = _by_heads(weight, q.shape[1])
@@ -93,7 +91,7 @@ class _Absorbed(torch.autograd.Function):
         _, needs_x, needs_weight, needs_bias, _ = needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             composite = partial(_composite, scale=ctx.scale)
-            return *recorded_gradients(composite, (q, x, weight, bias), needs[:4], grad), None
+            return *gradients_by_formula(composite, (q, x, weight, bias), needs[:4], grad), None
 
         w_k, w_v = _by_heads(weight, q.shape[1])
         q_heads, grad_heads = _to_heads(q), _to_heads(grad)

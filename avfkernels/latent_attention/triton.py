@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from avfkernels import _triton
+from avfkernels.latent_attention import eager
 
 SCHEMA = (
     "latent_attention_triton(Tensor q, Tensor x, float scale, Tensor? mask, bool return_lse, bool save) "
@@ -77,3 +80,8 @@ def backward(ctx, grad_out, grad_lse, _):
         grad_out, grad_lse, q, x, saved_softmax, ctx.scale, mask
     )
     return *grads, None, None, None, None
+
+
+def formula(ctx):
+    q, x, _, mask = ctx.saved_tensors
+    return partial(eager.forward, scale=ctx.scale, mask=mask, return_lse=True), (q, x)

@@ -89,9 +89,15 @@ def pair_attention(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), device=q.device)
     elif not isinstance(seed, Tensor):
-        seed = torch.tensor(seed, dtype=torch.int64, device=q.device)
+        seed = torch.full((), seed, dtype=torch.int64, device=q.device)
     elif seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(f"pair_attention: seed must be one int64, got {list(seed.shape)} {seed.dtype}")
+    else:
+        seed = seed.to(q.device)
+    if interaction == "product" or dropout_p > 0.0:  # a copy of tokens is little beside what visits all pairs
+        q, k1, v1, k2, v2 = (
+            t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k1, v1, k2, v2)
+        )
     out, lse = _ops.call(
         "pair_attention", q=q, k1=k1, v1=v1, k2=k2, v2=v2, scale=scale, interaction=interaction,
         mask1=mask1, mask2=mask2, dropout_p=dropout_p, seed=seed, return_lse=return_lse,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from avfkernels import _native
+from avfkernels.pair_attention import eager
 
 SCHEMA = (
     "pair_attention_cpu(Tensor q, Tensor k1, Tensor v1, Tensor k2, Tensor v2, float scale, str interaction, "
@@ -176,6 +177,11 @@ def backward(ctx, grad_out, grad_lse, *_):
     options = (ctx.scale, ctx.interaction, mask1, mask2, ctx.dropout_p, seed)
     memory = torch.ops.avfkernels.pair_attention_cpu_backward(grad_out, grad_lse, *tensors, *options)
     return *_gradients(memory, tensors[:5]), *[None] * 7
+
+
+def formula(ctx):
+    *tensors, _, _, mask1, mask2, seed = ctx.saved_tensors
+    return eager.formula(tensors, ctx.scale, ctx.interaction, mask1, mask2, ctx.dropout_p, seed)
 
 
 def is_faster(*, q, k1, v1, k2, v2, **_) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from avfkernels import _native
+from avfkernels.pair_attention import eager
 
 SCHEMA = (
     "pair_attention_cuda(Tensor q, Tensor k1, Tensor v1, Tensor k2, Tensor v2, float scale, str interaction, "
@@ -167,6 +168,11 @@ def backward(ctx, grad_out, grad_lse, *_):
         grad_out, grad_lse, *tensors, ctx.scale, ctx.interaction, mask1, mask2
     )
     return *grads, *[None] * 6
+
+
+def formula(ctx):
+    *tensors, _, mask1, mask2 = ctx.saved_tensors
+    return eager.formula(tensors, ctx.scale, ctx.interaction, mask1, mask2)
 
 
 def is_faster(**_) -> bool:

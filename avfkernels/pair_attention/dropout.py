@@ -6,6 +6,8 @@ bits: eight 16-bit numbers, one for each of the pairs j = 8 * (j // 8) .. + 7, l
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ _WORD = 0xFFFFFFFF
 
 def threshold(dropout_p: float) -> int:
     """A pair is kept if its 16-bit number is at least this."""
-    return round(dropout_p * 65536)
+    return math.floor(dropout_p * 65536 + 0.5)  # halves up, as in C
 
 
 def keep_factor(dropout_p: float) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from avfkernels._math import compute_dtype, masked_softmax
+from avfkernels.pair_attention import reference
 
 
 def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, dropout_p, seed, return_lse):
@@ -22,6 +25,14 @@ def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, dropout_p, s
         out = torch.where(any_pair, out, 0.0)
         lse = torch.where(any_pair[..., 0], lse, float("-inf")) if return_lse else lse
     return out, lse
+
+
+def formula(tensors, scale, interaction, mask1=None, mask2=None, dropout_p=0.0, seed=None):
+    """For fused backends: (function, tensors) with function(*tensors) = out, lse, differentiable as often as wanted."""
+    options = {"scale": scale, "interaction": interaction, "mask1": mask1, "mask2": mask2, "dropout_p": dropout_p,
+               "seed": seed, "return_lse": True}  # fmt: skip
+    plain = forward if why_not(interaction=interaction, dropout_p=dropout_p) is None else reference.forward
+    return partial(plain, **options), tensors
 
 
 def why_not(*, interaction, dropout_p, **_) -> str | None:

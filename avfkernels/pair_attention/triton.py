@@ -8,6 +8,7 @@ from torch import Tensor
 
 from avfkernels import _triton
 from avfkernels._triton import like
+from avfkernels.pair_attention import eager
 
 SCHEMA = (
     "pair_attention_triton(Tensor q, Tensor k1, Tensor v1, Tensor k2, Tensor v2, float scale, str interaction, "
@@ -54,8 +55,8 @@ def _outputs(q: Tensor, v1: Tensor, separate: bool, return_lse: bool, save: bool
 def kernel(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed, return_lse, save):
     separate = _separates(interaction, dropout_p)
     outputs = _outputs(q, v1, separate, return_lse, save)
-    out, lse, saved_softmax, saved_out = (t if t.numel() else None for t in outputs)
-    if out is None:
+    out, lse, saved_softmax, saved_out = (t if t.numel() or t is outputs[0] else None for t in outputs)
+    if not q[..., 0].numel():
         return outputs
     if separate:
         from avfkernels.pair_attention import triton_sum
@@ -105,3 +106,8 @@ def backward(ctx, grad_out, grad_lse, *_):
     options = (ctx.scale, ctx.interaction, mask1, mask2, ctx.dropout_p, seed)
     grads = torch.ops.avfkernels.pair_attention_triton_backward(grad_out, grad_lse, *tensors, *options)
     return *grads, *[None] * 8
+
+
+def formula(ctx):
+    *tensors, _, _, mask1, mask2, seed = ctx.saved_tensors
+    return eager.formula(tensors, ctx.scale, ctx.interaction, mask1, mask2, ctx.dropout_p, seed)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from avfkernels import _triton
 from avfkernels._triton import like
+from avfkernels.prefix_attention import reference
 
 SCHEMA = (
     "prefix_attention_triton(Tensor q, Tensor k, Tensor v, Tensor k_prefix, Tensor v_prefix, float scale, "
@@ -42,8 +45,8 @@ def kernel(q, k, v, k_prefix, v_prefix, scale, return_lse, save):
     from avfkernels.pair_attention import triton_sum
 
     outputs = fake(q, k, v, k_prefix, v_prefix, scale, return_lse, save)
-    out, lse, saved_softmax = (t if t.numel() else None for t in outputs)
-    if out is not None:
+    out, lse, saved_softmax = (t if t.numel() or t is outputs[0] else None for t in outputs)
+    if q[..., 0].numel():
         triton_sum.forward(q, k_prefix, v_prefix, k, v, scale, None, None, out, lse, saved_softmax, joint=True)
     return outputs
 
@@ -70,3 +73,8 @@ def setup_context(ctx, inputs, output):
 def backward(ctx, grad_out, grad_lse, _):
     grads = torch.ops.avfkernels.prefix_attention_triton_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None
+
+
+def formula(ctx):
+    *tensors, _ = ctx.saved_tensors
+    return partial(reference.forward, scale=ctx.scale, return_lse=True), tensors

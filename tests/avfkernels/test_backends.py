@@ -96,6 +96,30 @@ def test_a_last_stride_other_than_one_goes_to_eager(ran):
     assert ran == ["eager"]
 
 
+@needs_native
+@pytest.mark.parametrize("options", [{"interaction": "product"}, {"dropout_p": 0.5, "seed": 1}])
+def test_any_stride_goes_to_the_kernel_where_the_alternative_holds_every_pair(ran, options):
+    tensors = pair_inputs(dtype=torch.float32)
+    expected = pair_attention(*tensors, scale=1.0, **options)
+    strided = [t.transpose(-2, -1).contiguous().transpose(-2, -1) for t in tensors]
+    torch.testing.assert_close(pair_attention(*strided, scale=1.0, **options), expected)
+    assert ran == ["cpu", "cpu"]
+
+
+@needs_native
+def test_transforms_of_torch_func_run_in_plain_pytorch(ran):
+    q, *rest = pair_inputs(**PAPER)
+    loss = lambda q: pair_attention(q, *rest, scale=1.0).sin().sum()  # noqa: E731
+    got, value = torch.func.grad_and_value(loss)(q)
+    assert ran == ["eager"]
+    torch.testing.assert_close(loss(q), value, rtol=1e-4, atol=1e-5)
+    assert ran == ["eager", "cpu"]
+    expected = torch.autograd.grad(loss(q.requires_grad_()), q)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with avfkernels.backend("cpu"), pytest.raises(RuntimeError, match=r"cannot run: torch\.func and forward-mode"):
+        torch.func.grad(loss)(q.detach())
+
+
 def test_without_the_native_library_eager_runs(ran, monkeypatch):
     monkeypatch.setattr(_native, "_load", lambda: (None, "not built"))
     pair_attention(*pair_inputs(dtype=torch.float32), scale=1.0)

@@ -132,6 +132,44 @@ def test_gradients_of_each_sample_by_torch_func(case):
     torch.testing.assert_close(got, expected)
 
 
+def shared_inputs():
+    """Arguments that are not independent: one is computed from another, one comes twice, one from the output before."""
+    x, prefix, weight, bias = (random(*shape) for shape in ((2, 3, 4), (2, 2, 4), (12, 4), (12,)))
+    square, q = random(4, 4), random(2, 2, 3, 2)
+
+    def joined(function):
+        return function(x, torch.cat((prefix, x), dim=1), weight, bias, (4, 8))
+
+    def twice(function):
+        (y,) = function(x, x, square, bias[:4], (2, 2))[:1]
+        y = torch.cat((y, y), -1)
+        return function(y, y, square, bias[:4], (2, 2))
+
+    def attention(hand):
+        function = absorbed_attention if hand is apply else projected
+        packed = torch.cat((square, weight[:4]))
+        return [function(q, function(q, x, packed, None, 0.5).transpose(1, 2).flatten(2) + x, packed, None, 0.5)]
+
+    return (x, prefix, weight, bias, square, q), (joined, twice, attention)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_recorded_gradients_are_partial_where_inputs_depend_on_each_other(which):
+    """A backward pass that autograd records differentiates its arguments one by one, not what made them too."""
+    tensors, calls = shared_inputs()
+    tensors = tensors if which != 2 else tensors[:1] + tensors[2:3] + tensors[4:]
+
+    def penalty(function):
+        loss = sum(y.sin().sum() for y in calls[which](function))
+        first = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+        first = [torch.zeros_like(t) if g is None else g for g, t in zip(first, tensors, strict=True)]
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors, allow_unused=True)
+        return first, [torch.zeros_like(t) if g is None else g for g, t in zip(second, tensors, strict=True)]
+
+    for got, expected in zip(penalty(apply), penalty(written_out), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_an_empty_batch_has_gradients_of_zero():
     for tensors, function in (
         (by_rows()[0], lambda *t: apply(*t, sizes=(3, 5))),

@@ -89,11 +89,32 @@ def test_gradients_flow_through_the_merge(backend, interaction):
 
 def test_no_key_anywhere_is_zero_with_lse_minus_infinity_and_no_nan_gradient():
     out = torch.zeros(2, 3, 4, requires_grad=True)
-    lse = torch.full((2, 3), float("-inf"))
+    lse = torch.full((2, 3), float("-inf"), requires_grad=True)
     merged, merged_lse = merge_attention(out, lse, out, lse)
     assert torch.equal(merged, torch.zeros_like(merged))
     assert bool((merged_lse == float("-inf")).all())
-    assert bool(torch.autograd.grad(merged.sum(), out)[0].isfinite().all())
+    for grad in torch.autograd.grad(merged.sum(), (out, lse)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_pieces_without_any_token_leave_the_gradients_of_the_others_alone(backend, interaction):
+    if (backend, interaction) == ("eager", "product"):
+        backend = "reference"
+    tensors = pair_inputs(N1=9, dtype=torch.float32, grad=True)
+    mask = torch.tensor([[False] * 6 + [True] * 3, [True] * 9])
+    options = {"scale": 0.25, "interaction": interaction, "return_lse": True}
+
+    def piece(q, k1, v1, k2, v2, part):
+        return pair_attention(q, k1[:, :, part], v1[:, :, part], k2, v2, mask1=mask[:, part], **options)
+
+    with avfkernels.backend(backend):
+        pieces = [piece(*tensors, slice(at, at + 3)) for at in (0, 3, 6)]
+        merged = merge_attention(*merge_attention(*pieces[0], *pieces[1]), *pieces[2])
+        losses = [out.sin().sum() + lse.cos().sum() for out, lse in (merged, piece(*tensors, slice(0, 9)))]
+        for got, expected in zip(*(torch.autograd.grad(loss, tensors) for loss in losses), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_half_types_keep_their_dtype():

@@ -188,6 +188,19 @@ def test_non_finite_input_does_not_vanish_in_the_native_kernel(bad, index):
         assert not pair_attention(*tensors, scale=0.25).isfinite().all()
 
 
+@needs_native
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_the_lse_of_a_query_that_is_nan_is_nan_and_not_that_of_no_token(interaction, dropout_p):
+    tensors = pair_inputs(1, 1, 4, 5, 6, 8, 8, torch.float32)
+    tensors[0][0, 0, 1] = float("nan")
+    with avfkernels.backend("cpu"):
+        _, lse = pair_attention(
+            *tensors, scale=0.25, interaction=interaction, dropout_p=dropout_p, seed=1, return_lse=True
+        )
+    assert lse.isnan().tolist() == [[[False, True, False, False]]]
+
+
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

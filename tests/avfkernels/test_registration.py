@@ -162,3 +162,67 @@ def test_vmap_and_functional_gradients():
     stacked = [torch.stack((t, 2 * t)) for t in tensors]
     grads = torch.func.vmap(torch.func.grad(loss))(*stacked)
     torch.testing.assert_close(grads[1], torch.func.grad(loss)(*(2 * t for t in tensors)))
+
+
+@needs_native
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_second_derivatives_through_the_native_kernel(interaction, dropout_p):
+    """The gradient of a gradient penalty: the kernel gives way to the formula where autograd records."""
+    options = {"scale": 0.5, "interaction": interaction, "dropout_p": dropout_p, "seed": 3, "return_lse": True}
+    results = []
+    for backend in ("reference", "cpu"):
+        tensors = small_pair_inputs(torch.float32, grad=True)
+        with avfkernels.backend(backend):
+            out, lse = pair_attention(*tensors, **options)
+            assert ("CPU" in str(out.grad_fn) or "cpu" in str(out.grad_fn)) == (backend == "cpu")
+            loss = out.sin().sum() + lse.cos().sum()
+            first = torch.autograd.grad(loss, tensors, create_graph=True)
+            results.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), tensors)))
+    for got, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_forward_mode_differentiation(interaction):
+    tensors = small_pair_inputs(torch.float32)
+    tangents = [torch.randn_like(t) for t in tensors]
+    function = lambda *t: pair_attention(*t, scale=0.5, interaction=interaction, return_lse=True)[0]  # noqa: E731
+    _, got = torch.func.jvp(function, tuple(tensors), tuple(tangents))
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]
+        tangent = torch.autograd.forward_ad.unpack_dual(function(*duals)).tangent
+    torch.testing.assert_close(tangent, got)
+    step = 1e-3
+    moved = [[t + sign * step * d for t, d in zip(tensors, tangents, strict=True)] for sign in (1, -1)]
+    expected = (function(*moved[0]) - function(*moved[1])) / (2 * step)
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
+
+
+@needs_native
+def test_compiled_code_follows_the_override():
+    torch._dynamo.reset()
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+    keep = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph.code) or graph)
+    compiled = torch.compile(lambda *t: pair_attention(*t, scale=0.5), fullgraph=True, backend=keep)
+    tensors = pair_inputs(2, 4, 16, 96, 196, dtype=torch.float32)
+    for name in (None, "eager", "reference", None):
+        with avfkernels.backend(name):
+            compiled(*tensors)
+    assert ["pair_attention_cpu" in code for code in graphs] == [True, False, False]
+    assert len(set(graphs)) == 3
+
+
+def test_what_caches_of_compiled_graphs_see_tells_backends_apart():
+    """Inductor's cache on disk takes the graph before the op is resolved as its key."""
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(
+        lambda *t: latent_attention(*t, scale=0.5), backend=lambda graph, _: graphs.append(graph.code) or graph
+    )
+    for name in (None, "eager", "reference"):
+        with avfkernels.backend(name):
+            compiled(*latent_inputs())
+    assert len(set(graphs)) == 3

@@ -139,6 +139,24 @@ def test_empty_sides(shape, interaction):
 
 
 @runs_kernels
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_values_of_no_width_leave_the_lse(interaction):
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        tensors = [t.to(dtype).requires_grad_() for t in inputs_of(pair_attention, (1, 2, 3, 5, 4, 16, 0), dtype)]
+        options = {"scale": 0.25, "interaction": interaction}
+        if backend == "triton":
+            out, lse = triton_call(pair_attention, tensors, options)
+        else:
+            with avfkernels.backend(backend):
+                out, lse = pair_attention(*tensors, **options, return_lse=True)
+        assert out.shape == (1, 2, 3, 0)
+        grads = torch.autograd.grad(lse.sin().sum(), [tensors[0], tensors[1], tensors[3]])
+        results.append([x.float() for x in (lse, *grads)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@runs_kernels
 def test_many_queries_and_long_sets_that_are_split():
     blocks = (1, 1, 70, 40, 70, 16, 16)  # two blocks of queries: their gradients and the tokens' are two kernels
     assert max(compare(pair_attention, blocks, torch.float32, scale=0.25)) < bound(torch.float32)
