@@ -90,7 +90,8 @@ class BuildNative(build_ext):
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
             compile(library)
-        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+        except (OSError, subprocess.CalledProcessError, RuntimeError, ValueError, ImportError) as error:
+            library.unlink(missing_ok=True)  # that of an earlier build
             if os.environ.get("AVF_REQUIRE_NATIVE") == "1":
                 raise RuntimeError(f"AVF_REQUIRE_NATIVE=1 and the {kind} kernels did not build: {error}") from error
             print(f"avfkernels: {kind} kernels skipped, PyTorch fallbacks will run: {error}", file=sys.stderr)
@@ -108,6 +109,7 @@ class BuildNative(build_ext):
         if nvcc is None or os.environ.get("AVF_CUDA") == "0":  # no failure: most machines have no CUDA
             reason = "no nvcc on PATH" if nvcc is None else "AVF_CUDA=0"
             print(f"avfkernels: CUDA kernels skipped: {reason}", file=sys.stderr)
+            library.unlink(missing_ok=True)
             return
         if shutil.which(shlex.split(nvcc)[0]) is None:
             raise RuntimeError(f"no CUDA compiler ({nvcc} is not on PATH)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 
 import torch
@@ -32,13 +33,17 @@ def accelerate(model: nn.Module) -> Callable[[], None]:
     The model is their encoder or holds it (their masked auto-encoder, a classifier, ...). Its fusion blocks give way to
     `TokenFusion`, `DenseFusion` or `FactorizedFusion` (R1, R2), built around the very same linear layers, norms and
     MLPs, and the encoder's `forward` to one in which the unimodal blocks read the fusion tokens and do not update them
-    (R3). Parameters, their order and state-dict keys stay: optimizers, checkpoints and hooks on layers keep working.
-    Outputs and gradients are those of before up to rounding. With dropout they are so in distribution: it is drawn for
-    fewer rows.
+    (R3). Parameters, their order and state-dict keys stay: optimizers and checkpoints keep working. Outputs and
+    gradients are those of before up to rounding. With dropout they are so in distribution: it is drawn for fewer rows.
+
+    In layers with fusion, the unimodal blocks and their attention, the fusion blocks and theirs, and the projections
+    whose parts are applied apart (`qkv`, `kv`, `k`, `v`) are not called as modules any more. So their projections have
+    to be linear layers as they come from torch, and none of them may have hooks: accelerate before whatever adds hooks
+    to other modules (FSDP), and look at tokens with `return_embs`.
 
     Raises:
         ValueError: the model holds no such encoder, or it is not built as expected; says which attribute of which
-            module is missing. Nothing has been changed then.
+            module is missing, or which module would not be called. Nothing has been changed then.
 
     Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017; code: https://github.com/stoneMo/DeepAVFusion.
     """
@@ -57,7 +62,7 @@ def accelerate(model: nn.Module) -> Callable[[], None]:
     for blocks, i, _, ours in exchanged:
         blocks[i] = ours
     for encoder in encoders.values():
-        encoder.forward = MethodType(_forward, encoder)
+        encoder.forward = partial(_forward, encoder)  # and no method, which could not be unpickled
 
     def restore() -> None:
         for blocks, i, theirs, ours in exchanged:
@@ -119,9 +124,19 @@ def _fusion_blocks(name: str, encoder: nn.Module) -> list[tuple[int, nn.Module, 
     for branch in ("image", "audio"):
         vit = getattr(encoder, branch)
         _require(f"{name}.{branch}", vit, VIT)
-        for i, block in enumerate(vit.blocks):
-            _require(f"{name}.{branch}.blocks.{i}", block, VIT_BLOCK)
-            _require(f"{name}.{branch}.blocks.{i}.attn", block.attn, VIT_ATTENTION)
+        for i, (block, fusion_block) in enumerate(zip(vit.blocks, encoder.fusion_blocks, strict=False)):
+            path = f"{name}.{branch}.blocks.{i}"
+            _require(path, block, VIT_BLOCK)
+            _require(f"{path}.attn", block.attn, VIT_ATTENTION)
+            if fusion_block is not None:
+                _check_uncalled(path, block)
+                _check_uncalled(f"{path}.attn", block.attn, ("qkv",))
+                if not isinstance(getattr(block.attn, "norm", None), nn.Identity | None):
+                    raise ValueError(
+                        f"accelerate: {path}.attn.norm, between attention and projection, is not supported"
+                    )
+                if getattr(block.attn, "gate", None) is not None:
+                    raise ValueError(f"accelerate: {path}.attn.gate is not supported")
     return [
         (i, block, _replacement(f"{name}.fusion_blocks.{i}", block))
         for i, block in enumerate(encoder.fusion_blocks)
@@ -154,8 +169,23 @@ def _replacement(name: str, theirs: nn.Module) -> FusionBlock:
             f"accelerate: {name} is not the {kind.__name__} it looks like: {key} has the shape "
             f"{shapes.get(key, 'of nothing, it is missing')}, expected {wanted.get(key, 'no such parameter')}"
         )
+    _check_uncalled(name, theirs)
+    _check_uncalled(f"{name}.attn", attn, ("kv", "k", "v"))
+    for part in ("attn_v", "attn_a"):
+        if hasattr(attn, part):
+            _check_uncalled(f"{name}.attn.{part}", getattr(attn, part), ("kv",))
     _adopt(ours, theirs)
     return ours
+
+
+def _check_uncalled(name: str, module: nn.Module, linear: tuple[str, ...] = ()) -> None:
+    """Nothing may depend on calls of a module that will not be called, nor of its `linear` layers, which are read."""
+    for path, part in [(name, module), *((f"{name}.{n}", getattr(module, n)) for n in linear if hasattr(module, n))]:
+        if any(getattr(part, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+            raise ValueError(f"accelerate: {path} has hooks, and would not be called any more: remove them first")
+        if part is not module and (type(part).forward is not nn.Linear.forward or "forward" in vars(part)):
+            raise ValueError(f"accelerate: {path} is a {type(part).__name__} that does more than torch.nn.Linear; its "
+                             "weight alone would be read")  # fmt: skip
 
 
 def _adopt(ours: nn.Module, theirs: nn.Module) -> None:

@@ -181,6 +181,66 @@ def test_copies_are_independent_and_hooks_of_layers_run():
     assert len(seen) == 3
 
 
+def hooked(model, path):
+    model.get_submodule(path).register_forward_hook(lambda *_: None)
+    return model
+
+
+class Adapter(nn.Linear):
+    """As LoRA: what it computes is not its weight alone."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+def adapted(model, path):
+    owner, _, name = path.rpartition(".")
+    old = model.get_submodule(path)
+    setattr(model.get_submodule(owner), name, Adapter(old.in_features, old.out_features))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [(hooked, path) for path in ("image.blocks.0", "audio.blocks.1.attn", "image.blocks.1.attn.qkv", "fusion_blocks.0",
+                                 "fusion_blocks.0.attn", "fusion_blocks.1.attn.attn_v", "fusion_blocks.1.attn.k")]
+    + [(adapted, path) for path in ("image.blocks.0.attn.qkv", "fusion_blocks.0.attn.attn_a.kv",
+                                    "fusion_blocks.0.attn.v")],
+)  # fmt: skip
+def test_modules_that_would_be_gone_around_are_refused(change, path):
+    model = change(build("factorized"), path)
+    reason = "has hooks" if change is hooked else "is a Adapter that does more"
+    with pytest.raises(ValueError, match=rf"accelerate: model\.{path} {reason}"):
+        accelerate(model)
+    assert "forward" not in vars(model)
+
+
+def test_modules_of_layers_without_fusion_may_have_hooks():
+    seen, model = [], build("dense", fusion_layers=(1,))
+    model.image.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    accelerate(model)
+    model(*batch())
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("name", ["norm", "gate"])
+def test_parts_of_attention_that_newer_versions_of_timm_have_are_refused(name):
+    model = build("dense")
+    setattr(model.image.blocks[0].attn, name, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=rf"image\.blocks\.0\.attn\.{name}.* is not supported"):
+        accelerate(model)
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    model = build("factorized")
+    accelerate(model)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)  # a file of our own
+    torch.testing.assert_close(again(*batch()), model(*batch()))
+    nn.init.zeros_(again.fusion_norm.weight)
+    assert not torch.allclose(again(*batch())[2], model(*batch())[2])
+
+
 def test_compiles_whole():
     torch._dynamo.reset()
     model = build("factorized", fusion_layers=(1,))
