@@ -76,7 +76,8 @@ def write_page(path: str | os.PathLike, cards: Iterable[Card], *, title: str) ->
 
 def table_cards(table: Table, count: int) -> Iterator[Card]:
     """Cards of up to `count` clips, spread over the table. Clips that cannot be read are left out, with a warning."""
-    for row in table.rows[:: max(1, len(table) // count)][:count]:
+    count = min(count, len(table))
+    for row in (table.rows[i * len(table) // count] for i in range(count)):
         try:
             yield _card(table, row)
         except ClipError as error:
@@ -85,11 +86,11 @@ def table_cards(table: Table, count: int) -> Iterator[Card]:
 
 def _card(table: Table, row: Row) -> Card:
     if row.audio is None:
-        frames, waveform = read_whole(row.path, frame_rate=8, sample_rate=RATE)
+        frames, waveform = read_whole(row.path, frame_rate=8, sample_rate=RATE, transform=thumbnail)
     else:
-        frames, waveform = read_whole_stills(row.path, row.audio, sample_rate=RATE)
+        frames, waveform = read_whole_stills(row.path, row.audio, sample_rate=RATE, transform=thumbnail)
     frames = frames[:: math.ceil(len(frames) / FRAMES)]
-    times, images = np.array([time for time, _ in frames]), np.stack([_shrink(image) for _, image in frames])
+    times, images = np.array([time for time, _ in frames]), stacked([image for _, image in frames])
     labels = row.labels or (() if row.label is None else (row.label,))
     caption = " · ".join([*(table.classes[label] for label in labels), *filter(None, [row.split])])
     boxes = row.extra.get("boxes", ())
@@ -120,10 +121,20 @@ def with_truth(card: Card, folder: Path) -> Card:
     return replace(card, things=tuple(things), masks=masks)
 
 
-def _shrink(image: Image.Image) -> np.ndarray:
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """[h, w, 3], neither side above `SIDE`."""
     image = image.convert("RGB")
     image.thumbnail((SIDE, SIDE))
     return np.asarray(image)
+
+
+def stacked(images: list[np.ndarray]) -> np.ndarray:
+    """[N, h, w, 3]; pictures of another size than the first, as of a stream that changes it, are fitted."""
+    height, width = images[0].shape[:2]
+    return np.stack([
+        image if image.shape[:2] == (height, width) else np.asarray(Image.fromarray(image).resize((width, height)))
+        for image in images
+    ])  # fmt: skip
 
 
 # From arrays to what the page holds -----------------------------------------------------------------------------------

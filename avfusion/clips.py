@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
+
+T = TypeVar("T")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -115,12 +117,18 @@ def read_clip(
 
 
 def read_whole(
-    path: str | os.PathLike, *, frame_rate: float, sample_rate: int = 16000, max_duration: float = 600.0
-) -> tuple[list[tuple[float, Image.Image]], Tensor]:
+    path: str | os.PathLike,
+    *,
+    frame_rate: float,
+    sample_rate: int = 16000,
+    max_duration: float = 600.0,
+    transform: Callable[[Image.Image], T] = lambda image: image,
+) -> tuple[list[tuple[float, T]], Tensor]:
     """Decode the part of a video file that has picture and sound: its frames at a rate, and its sound.
 
-    Returns pairs of a time and an upright RGB frame, the frame nearest to the middle of each of `frame_rate` slots a
-    second, and the mono waveform [1, samples]. Times are in seconds from the waveform's beginning.
+    Returns pairs of a time and what `transform` makes of an upright RGB frame, the frame nearest to the middle of each
+    of `frame_rate` slots a second, and the mono waveform [1, samples]. Times are in seconds from the waveform's
+    beginning. Frames are transformed as they come: minutes of them do not fit into memory.
 
     Raises `ClipError` as `read_clip` does, and where that part is longer than `max_duration` seconds.
     """
@@ -136,7 +144,7 @@ def read_whole(
             raise ClipError(path, "file", f"{duration:.0f} s long, more than {max_duration:.0f} s: cut it into clips")
         slots = 1 if reader.still else max(1, int(duration * frame_rate))
         middles = [begin + min((slot + 0.5) / frame_rate, duration) for slot in range(slots)]
-        frames = [(time - begin, image) for image, time in reader.frames(middles)]
+        frames = [(time - begin, image) for image, time in reader.frames(middles, transform)]
         return frames, reader.waveform(first, stop - first, sample_rate)
 
 
@@ -227,9 +235,11 @@ class _Reader:
                     skip = packet.pts is not None and packet.pts < skip_until
                     stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
                 for frame in packet.decode():
-                    if frame.pts is None:
+                    # AVI stores no pts; frames come out in order, and the dts of what brought them out tells when.
+                    at = frame.dts if frame.pts is None else frame.pts
+                    if at is None:
                         raise ClipError(self.path, stream.type, "its frames have no timestamps: convert it to MP4")
-                    yield frame.time - self.origin, frame
+                    yield float(at * frame.time_base) - self.origin, frame
 
     def nearest_frame(self, target: float) -> tuple[Image.Image, float]:
         """The frame nearest to `target` seconds, upright, and its time."""
@@ -250,8 +260,8 @@ class _Reader:
         time, frame = min(near, key=lambda found: abs(found[0] - target))
         return _upright(frame), time
 
-    def frames(self, targets: list[float]) -> list[tuple[Image.Image, float]]:
-        """The frames nearest to ascending times in seconds, upright, and their times, in one pass over the file."""
+    def frames(self, targets: list[float], transform: Callable[[Image.Image], T]) -> list[tuple[T, float]]:
+        """The frames nearest to ascending times in seconds, upright and transformed, and their times, in one pass."""
         found, near = [], []
         decoded = self._decode(self.video, -math.inf)
         for target in targets:
@@ -262,7 +272,7 @@ class _Reader:
                 near = [*near[-1:], latest]
             self._check_end(near, target)
             time, frame = min(near, key=lambda frame: abs(frame[0] - target))
-            found.append((_upright(frame), time))
+            found.append((transform(_upright(frame)), time))
         return found
 
     def _check_end(self, near: list[tuple[float, av.VideoFrame]], target: float) -> None:
@@ -291,6 +301,9 @@ class _Reader:
                 buffer[lo - begin : hi - begin] = _mono(frame)[lo - at : hi - at]
                 filled = hi
             if expected >= stop:
+                # What comes next lies behind the window: up to there it is silent, if the sound has begun.
+                if at >= stop and (filled > begin or first / sample_rate >= self.extent[self.audio][0]):
+                    filled = stop
                 break
         else:
             end = self.extent[self.audio][1]

@@ -50,8 +50,8 @@ def plot_clip(
 
     fused = attention_image is not None and attention_audio is not None
     figure = Figure(figsize=(15, 6.9) if fused else (9, 3.6), dpi=110, layout="constrained")
-    figure.suptitle(Path(clip.path).name, x=0.01, ha="left", fontsize=14, fontweight="bold")
-    figure.text(0.99, 0.98, note, ha="right", va="top", fontsize=11, color="0.35")
+    figure.suptitle(Path(clip.path).name, x=0.01, ha="left", fontsize=14, fontweight="bold", parse_math=False)
+    figure.text(0.99, 0.98, note, ha="right", va="top", fontsize=11, color="0.35", parse_math=False)
     rows = figure.add_gridspec(3 if fused else 1, 1, height_ratios=[3.1, 1.75, 1.15] if fused else None)
     large = rows[0].subgridspec(1, 4 if fused else 2, width_ratios=[1.12, 1.11, 1.5, 1.45] if fused else [1, 1.7])
 

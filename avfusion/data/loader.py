@@ -115,13 +115,15 @@ class _Clips(Dataset):
     def __init__(self, source: Source, transform: Callable, *, train: bool, seed: int, gain_db: float, **window):
         self.source, self.transform, self.train, self.seed = source, transform, train, seed
         self.gain_db, self.window = gain_db, window
+        self.multi_label = any(row.labels for row in source.rows)
         self.at_hand: Tensor | None = None  # [workers, 2], shared: the process of each worker, the clip it is reading
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple | None, list[ClipError], int]:
         epoch, index = key
         errors, attempts = [], REPLACEMENTS if self.train else 1
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(random_seed(self.seed, epoch, index))
+            # An evaluation that draws, such as partners to mix, draws the same each time.
+            torch.default_generator.manual_seed(random_seed(self.seed, epoch if self.train else 0, index))
             for attempt in range(attempts):
                 try:
                     return self._item(index), errors, attempt + 1
@@ -154,7 +156,7 @@ class _Clips(Dataset):
         images, waveforms, index, start = zip(*items, strict=True)
         rows = [self.source.rows[i] for i in index]
         labels = None
-        if any(row.labels for row in rows):
+        if self.multi_label:
             labels = torch.zeros(len(rows), len(self.source.classes))
             for line, row in zip(labels, rows, strict=True):
                 line[list(row.labels)] = 1
@@ -289,7 +291,8 @@ class ClipLoader:
         if self.failed > self.max_failed * max(self.tried, min(FLOOR, len(self.source.rows))):
             raise RuntimeError(
                 f"{self.failed} of {self.tried} clips have failed, more than max_failed={self.max_failed:.0%}; "
-                f"the last is {errors[-1]}; " + (f"all are in {self.report}" if self.report else "report= lists them")
+                + (f"the last is {errors[-1]}; " if errors else "")
+                + (f"all are in {self.report}" if self.report else "report= lists them")
             )
 
     def state_dict(self) -> dict:

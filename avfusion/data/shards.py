@@ -31,7 +31,7 @@ from webdataset import TarWriter
 from avfusion.clips import Clip, ClipError, read_whole
 from avfusion.data.loader import FLOOR, order
 from avfusion.data.stills import read_whole_stills, still_clip
-from avfusion.data.table import LayoutError, Row, Table
+from avfusion.data.table import LayoutError, Row, Table, check_split
 
 FORMAT = "avfusion-shards-1"
 SAMPLE_RATE = 16000
@@ -48,14 +48,16 @@ class _Encoder(Dataset):
         row = self.table.rows[index]
         try:
             if row.audio is None:
-                frames, waveform = read_whole(row.path, frame_rate=self.frame_rate, sample_rate=SAMPLE_RATE)
+                frames, waveform = read_whole(
+                    row.path, frame_rate=self.frame_rate, sample_rate=SAMPLE_RATE, transform=self._jpeg
+                )
             else:
-                frames, waveform = read_whole_stills(row.path, row.audio, sample_rate=SAMPLE_RATE)
+                frames, waveform = read_whole_stills(row.path, row.audio, sample_rate=SAMPLE_RATE, transform=self._jpeg)
         except ClipError as error:
             return error
         except Exception as error:  # a bug, or a library's: it ends the run, and says at which clip
             raise RuntimeError(f"{row.path}: {type(error).__name__} while reading this clip") from error
-        files = {f"{number:04d}.jpg": self._jpeg(image) for number, (_, image) in enumerate(frames)}
+        files = {f"{number:05d}.jpg": image for number, (_, image) in enumerate(frames)}
         buffer = io.BytesIO()
         samples = (waveform[0] * 32767).round().short().numpy()
         soundfile.write(buffer, samples, SAMPLE_RATE, format=SOUND[self.sound], subtype="PCM_16")
@@ -129,12 +131,11 @@ def pack(
     with tqdm(total=len(clips), unit="clip", initial=len(clips) - len(todo), disable=not progress) as bar:
         for number, part in enumerate(parts):
             if done[number]:
-                tried, errors = tried + len(part), errors + [ClipError(*args) for args in done[number]["failed"]]
-                continue
-            failed = []
-            tar = out / f"{number:05d}.tar"
-            samples = _encoded(table, part, islice(encoded, len(part)), failed, bar)
-            _write(tar, samples, made, failed)
+                failed = [ClipError(*args) for args in done[number]["failed"]]
+            else:
+                failed = []
+                samples = _encoded(table, part, islice(encoded, len(part)), failed, bar)
+                _write(out / f"{number:05d}.tar", samples, made, failed)
             tried, errors = tried + len(part), errors + failed
             lines = (json.dumps({"path": e.path, "stream": e.stream, "reason": e.reason}) + "\n" for e in errors)
             (out / "failed.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -232,19 +233,21 @@ class Shards:
 
     Args:
         location: the folder that `pack` wrote, or the https address that it is served at.
-        cache: for an address: a folder to keep what has been fetched. A shard is fetched when a clip of it is first
-            needed, and checked against the hash in the index.
+        split: only the clips of this split; None: all of them.
+        cache: for an address: a folder to keep what has been fetched, for each index in a folder of its own. A shard is
+            fetched when a clip of it is first needed, and checked against the hash in the index.
         allow_http: fetch over plain http too. Other schemes, such as the `pipe:` of WebDataset, which runs a command
             in a shell, are refused.
 
     Raises:
         LayoutError: there is no complete set of shards, or it is damaged.
-        ValueError: an address of another scheme, or one without `cache`.
+        ValueError: an address of another scheme, or one without `cache`; no clip is of that split.
     """
 
     def __init__(
-        self, location: str | os.PathLike, *, cache: str | os.PathLike | None = None, allow_http: bool = False
-    ):
+        self, location: str | os.PathLike, split: str | None = None, *, cache: str | os.PathLike | None = None,
+        allow_http: bool = False,
+    ):  # fmt: skip
         self.location, self.schemes = os.fspath(location), ("https", "http") if allow_http else ("https",)
         scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):", self.location)
         if scheme and scheme[1] not in self.schemes:
@@ -256,12 +259,14 @@ class Shards:
         self.remote, self.folder = bool(scheme), Path(cache) if scheme else Path(location)
         if self.remote:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._fetch("index.json")
+            self._fetch_index()
         path = self.folder / "index.json"
         if not path.is_file():
             raise LayoutError(f"{path}: no such file; avfusion shard writes it when all shards are complete")
-        self.sha256 = _sha256(path)
-        index = _load(path)
+        self.sha256 = (
+            _sha256(path) if split is None else hashlib.sha256(f"{_sha256(path)} {split}".encode()).hexdigest()
+        )
+        index, splits = _load(path), set()
         self.layout, self.classes = index["layout"], tuple(index["classes"])
         self.shards, self.rows, files, times = [], [], [], []
         for entry in index["shards"]:
@@ -271,19 +276,24 @@ class Shards:
             if self.remote:
                 self._fetch(name, entry["index_sha256"])
             shard = _load(self.folder / name)
+            count = len(self.rows)
             for sample in shard["samples"]:
+                splits.add(sample["split"])
+                if split not in (None, sample["split"]):
+                    continue
                 facts = {name: sample[name] for name in ("id", "start", "label", "split", "extra")}
                 self.rows.append(Row(path=Path(f"{entry['name']}.tar"), labels=tuple(sample["labels"]), **facts))
                 files.append(np.array(sample["files"], np.int64))
                 times.append(np.array(sample["times"], np.float32))
-            self.shards.append((f"{entry['name']}.tar", shard["sha256"], len(shard["samples"])))
+            self.shards.append((f"{entry['name']}.tar", shard["sha256"], len(self.rows) - count))
+        check_split(split, sorted(splits - {None}))
         # Flat arrays: workers share them with their parent, which they would not do with lists.
         self.first = np.cumsum([0, *map(len, files)])
         self.files, self.times = np.concatenate([*files, np.empty((0, 3), int)]), np.concatenate([*times, np.empty(0)])
 
     @property
     def sizes(self) -> list[int]:
-        """How many clips each shard holds."""
+        """How many clips of each shard there are."""
         return [count for *_, count in self.shards]
 
     def __len__(self) -> int:
@@ -325,17 +335,26 @@ class Shards:
             if not (self.folder / name).is_file() or _sha256(self.folder / name) != digest
         ]
 
-    def _fetch(self, name: str, sha256: str | None = None) -> None:
-        """Get a file into the cache, whole and checked; without a hash, anew each time."""
+    def _fetch_index(self) -> None:
+        """Get the index, anew each time; its hash names the folder of the cache that everything goes to."""
+        with FileLock(self.folder / ".index.lock"):
+            part = self.folder / ".index.json.part"
+            _download(f"{self.location.rstrip('/')}/index.json", part, self.schemes)
+            self.folder /= _sha256(part)[:16]
+            self.folder.mkdir(exist_ok=True)
+            os.replace(part, self.folder / "index.json")
+
+    def _fetch(self, name: str, sha256: str) -> None:
+        """Get a file into the cache, whole and checked."""
         path = self.folder / name
-        if sha256 and path.exists():
+        if path.exists():
             return
         with FileLock(self.folder / f".{name}.lock"):  # the workers of a loader need the same shard at the same time
-            if sha256 and path.exists():
+            if path.exists():
                 return
             part = path.with_name(f".{name}.part")
             _download(f"{self.location.rstrip('/')}/{name}", part, self.schemes)
-            if sha256 and _sha256(part) != sha256:
+            if _sha256(part) != sha256:
                 part.unlink()
                 raise LayoutError(f"{self.location}/{name}: not the file that index.json names (sha256 {sha256})")
             os.replace(part, path)

@@ -13,7 +13,7 @@ import torchaudio.functional as AF
 from PIL import Image
 from torch import Tensor
 
-from avfusion.clips import TOO_SHORT, Clip, ClipError, reflect, span_to_resample
+from avfusion.clips import TOO_SHORT, Clip, ClipError, T, reflect, span_to_resample
 
 # What PIL raises for files that are no pictures, damaged, or pretend to be gigantic.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -28,7 +28,9 @@ def read_stills(path: Path, audio: Path, **window) -> Clip:
     return still_clip(os.fspath(path), audio, times, lambda index: pictures[index], **window)
 
 
-def read_whole_stills(path: Path, audio: Path, *, sample_rate: int) -> tuple[list[tuple[float, Image.Image]], Tensor]:
+def read_whole_stills(
+    path: Path, audio: Path, *, sample_rate: int, transform: Callable[[Image.Image], T] = lambda image: image
+) -> tuple[list[tuple[float, T]], Tensor]:
     """`avfusion.clips.read_whole` for such files: every picture with its time, and the whole sound."""
     times, pictures = _pictures(path)
     try:
@@ -36,7 +38,10 @@ def read_whole_stills(path: Path, audio: Path, *, sample_rate: int) -> tuple[lis
     except (OSError, soundfile.SoundFileRuntimeError) as error:
         raise ClipError(os.fspath(path), "audio", f"cannot be decoded: {error}") from error
     waveform = _sound(os.fspath(path), samples, rate, sample_rate)
-    return [(time, read_picture(os.fspath(path), file)) for time, file in zip(times, pictures, strict=True)], waveform
+    frames = [
+        (time, transform(read_picture(os.fspath(path), file))) for time, file in zip(times, pictures, strict=True)
+    ]
+    return frames, waveform
 
 
 def _pictures(path: Path) -> tuple[list[float], list[Path]]:

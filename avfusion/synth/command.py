@@ -79,9 +79,8 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.workers < 1:
         parser.error(f"--workers {args.workers}: expected at least 1")
     try:
-        settings = Settings(
-            args.layout, args.clips, args.seed, args.task, args.classes, args.size, args.seconds or 4.0, args.fps or 8
-        )
+        seconds, fps = (4.0 if args.seconds is None else args.seconds), (8 if args.fps is None else args.fps)
+        settings = Settings(args.layout, args.clips, args.seed, args.task, args.classes, args.size, seconds, fps)
         made = synthesize(args.out, settings, workers=args.workers, progress=sys.stderr.isatty())
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -51,6 +51,7 @@ def write_clip(
     video_start=0.0,
     audio_start=0.0,
     keyframes=None,
+    b_frames=None,
     rotation=0,
     container=None,
     picture=picture,
@@ -73,6 +74,8 @@ def write_clip(
                 stream.disposition = Disposition.attached_pic
             if keyframes:
                 stream.codec_context.gop_size = keyframes
+            if b_frames is not None:
+                stream.codec_context.max_b_frames = b_frames
             if rotation:
                 stream.set_display_rotation(rotation)
             for i in range(round(seconds * fps)):

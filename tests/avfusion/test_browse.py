@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avfusion.browse import COLOURS, Card, Thing, table_cards, write_page
+from avfusion.browse import COLOURS, Card, Thing, stacked, table_cards, write_page
 from avfusion.cli import main
 from avfusion.data import read
 from avfusion.synth.command import synthesize
@@ -200,3 +200,17 @@ def test_synth_preview(tmp_path, capsys):
     assert main(["synth", str(tmp_path / "out"), *options]) == 0
     assert "preview.html: a look at it" in capsys.readouterr().out
     assert len(embedded(tmp_path / "out/preview.html")) == 2
+
+
+def test_cards_are_spread_over_the_whole_table(tmp_path):
+    write_clip(tmp_path / "00.mp4", seconds=0.5)
+    for i in range(1, 23):
+        shutil.copy(tmp_path / "00.mp4", tmp_path / f"{i:02d}.mp4")
+    titles = [card.title for card in table_cards(read("folder", tmp_path), 12)]
+    assert titles == [f"{i * 23 // 12:02d}.mp4" for i in range(12)]
+
+
+def test_pictures_that_change_their_size_cost_no_page():
+    images = [np.zeros((4, 6, 3), "u1"), np.full((6, 4, 3), 255, "u1")]
+    assert stacked(images).shape == (2, 4, 6, 3)
+    assert stacked(images)[1].min() == 255

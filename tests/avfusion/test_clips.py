@@ -3,8 +3,11 @@
 import os
 import pickle
 import shutil
+import weakref
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from PIL import Image
 
 from avfusion.clips import ClipDataset, ClipError, LogMel, Sample, collate_clips, image_transform, read_clip, read_whole
 
-from .media import CLICK, FPS, cut, noise, number, write_clip
+from .media import CLICK, FPS, cut, noise, number, picture, write_clip
 
 RATE = 16000
 
@@ -319,6 +322,64 @@ def test_window_past_the_end_is_reflected(tmp_path):
     x = torch.as_tensor(noise(RATE, 4)[3 * RATE :])
     expected = torch.cat([x, x.flip(0), x])
     torch.testing.assert_close(read_clip(path, start=3).waveform[0], expected, rtol=0, atol=1e-4)
+
+
+def with_a_gap(path):
+    """Sound from 0 to 1 s and from 5 to 6 s, all of 0.5."""
+    with av.open(str(path), "w") as output:
+        video, audio = output.add_stream("libx264", rate=FPS), output.add_stream("pcm_s16le", rate=RATE, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        packets = []
+        for i in range(6 * FPS):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            packets += video.encode(frame)
+        for second in (0, 5):
+            for part in range(10):
+                frame = av.AudioFrame.from_ndarray(np.full((1, RATE // 10), 2**14, "i2"), format="s16", layout="mono")
+                frame.sample_rate, frame.time_base, frame.pts = (
+                    RATE,
+                    Fraction(1, RATE),
+                    second * RATE + part * RATE // 10,
+                )
+                packets += audio.encode(frame)
+        packets += [*video.encode(None), *audio.encode(None)]
+        for packet in sorted((p for p in packets if p.dts is not None), key=lambda p: p.dts * p.time_base):
+            output.mux(packet)
+    return str(path)
+
+
+def test_a_gap_in_the_sound_is_silent(tmp_path):
+    path = with_a_gap(tmp_path / "a.mkv")
+    around = read_clip(path, start=0, duration=6).waveform[0]
+    for start in (0, 0.5, 2, 4.5):  # the gap begins in the window, is all of it, ends in it
+        window = read_clip(path, start=start, duration=2).waveform[0]
+        expected = around[round(start * RATE) :][: 2 * RATE]  # which ends with the sound
+        torch.testing.assert_close(window[: len(expected)], expected)
+    assert around[round(1.01 * RATE) : round(4.99 * RATE)].abs().max() == 0
+    assert around[round(0.01 * RATE) : round(0.99 * RATE)].sub(0.5).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("video", ["mpeg4", "libx264"])
+def test_avi_which_stores_no_pts(tmp_path, video):
+    path = write_clip(tmp_path / "a.avi", video=video, audio="pcm_s16le", rate=RATE, keyframes=12, b_frames=2)
+    for target in (0.5, 1.9, 3.1):
+        clip = read_clip(path, start=target - 0.25, duration=0.5)
+        assert clip.frame_time == pytest.approx(target, abs=0.5 / FPS + 0.01)
+        assert abs(number(clip.frame) - target * FPS) <= 2.01  # the container knows the order, and not the delay
+
+
+def test_whole_files_are_transformed_as_they_are_read(tmp_path):
+    """Minutes of frames at full size do not fit into memory."""
+    path, alive = write_clip(tmp_path / "a.mp4"), []
+
+    def shrink(image):
+        alive.append(weakref.ref(image))
+        assert sum(ref() is not None for ref in alive) <= 2
+        return image.size
+
+    frames, _ = read_whole(path, frame_rate=8, transform=shrink)
+    assert [size for _, size in frames] == [(64, 48)] * 32
 
 
 def test_window_before_the_sound_is_refused(tmp_path):

@@ -242,6 +242,13 @@ def test_share_of_failures_is_taken_of_at_least_200_clips():
         list(loader(Fake(30, bad=range(2)), 5, train=False))  # more than 5 % of all
 
 
+def test_too_many_failures_before_are_too_many_without_a_new_one():
+    training = loader(Fake(1000), max_failed=0.01)
+    training.load_state_dict(training.state_dict() | {"tried": 1000, "failed": 40})
+    with pytest.raises(RuntimeError, match="40 of 1004 clips have failed, more than max_failed=1%; report= lists"):
+        next(iter(training))
+
+
 def test_training_gives_up_where_nothing_can_be_read():
     with pytest.raises(RuntimeError, match="40 of 40 clips have failed"):
         list(loader(Fake(1000, bad=range(1000))))

@@ -68,7 +68,7 @@ def test_any_webdataset_reader_reads_the_tars(folder, packed):
         facts = json.loads(sample["json"])
         assert folder.rows[int(sample["__key__"])].id == facts["id"]
         assert sample["flac"][:4] == b"fLaC"
-        assert [name for name in sample if name.endswith(".jpg")] == [f"{i:04d}.jpg" for i in range(10)]
+        assert [name for name in sample if name.endswith(".jpg")] == [f"{i:05d}.jpg" for i in range(10)]
         assert facts["times"] == pytest.approx([0.1 + 0.2 * i for i in range(10)], abs=0.06)
 
 
@@ -298,6 +298,43 @@ def test_shards_are_fetched_when_they_are_needed_and_kept(served, packed, tmp_pa
     assert asked == []
 
 
+def test_two_sets_share_a_cache(served, folder, tmp_path):
+    """The second was once given the shards of the first, whose names are the same."""
+    address, _ = served
+    first = data.Shards(address, cache=tmp_path / "cache", allow_http=True)
+    first.read(0)
+    index = json.loads((first.folder / "index.json").read_text())
+    data.pack(folder.where(lambda row: row.id < "05.mp4"), tmp_path / "other", **SMALL)
+    content = tmp_path / "copy"
+    for file in content.iterdir():
+        file.unlink()
+    shutil.copytree(tmp_path / "other", content, dirs_exist_ok=True)
+    second = data.Shards(address, cache=tmp_path / "cache", allow_http=True)
+    assert {row.id for row in second.rows} == {f"{i:02d}.mp4" for i in range(5)}
+    assert number(second.read(0).frame) // 20 == int(second.rows[0].id[:2])
+    assert json.loads((first.folder / "index.json").read_text()) == index
+    assert second.verify() == []
+
+
+def test_a_split_of_shards(tmp_path):
+    write_clip(tmp_path / "x.mp4", seconds=1, fps=10, rate=RATE)
+    rows = [data.Row(f"{i}", tmp_path / "x.mp4", label=0, split="test" if i % 3 else "train") for i in range(9)]
+    data.pack(data.Table("test", tmp_path, tuple(rows), ("a",)), tmp_path / "out", clips_per_shard=2)
+    whole, train, test = (data.Shards(tmp_path / "out", split) for split in (None, "train", "test"))
+    assert (len(whole), {row.id for row in train.rows}) == (9, {"0", "3", "6"})
+    assert len({whole.sha256, train.sha256, test.sha256}) == 3
+    assert sum(train.sizes) == 3
+    assert train.verify() == []
+    for shards in (train, test):
+        for i, row in enumerate(shards.rows):
+            same = next(j for j, other in enumerate(whole.rows) if other.id == row.id)
+            assert torch.equal(shards.read(i).waveform, whole.read(same).waveform)
+    seen = [i for batch in loader(test, batch_size=3) for i in batch.index.tolist()]
+    assert sorted(seen) == list(range(6))
+    with pytest.raises(ValueError, match="split='val': expected test, train"):
+        data.Shards(tmp_path / "out", "val")
+
+
 def test_shard_that_is_not_the_one_of_the_index_is_refused(served, copy, tmp_path):
     remote = data.Shards(served[0], cache=tmp_path / "cache", allow_http=True)
     cut(copy / "00000.tar", 0.9)
@@ -327,6 +364,10 @@ def test_command(folder, tmp_path, capsys):
         cli.main(arguments)
     assert ended.value.code == 1
     assert "1 of 12 clips have failed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # what is packed already counts too
+        cli.main(arguments)
+    assert "1 of 12 clips have failed" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "index.json").exists()
     assert cli.main([*arguments, "--max-failed", "0.1"]) == 1
     shown = capsys.readouterr()
     assert "folder: 12 of 12 clips found" in shown.out

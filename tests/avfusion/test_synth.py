@@ -240,7 +240,8 @@ def test_somebody_elses_directory_is_left_alone(tmp_path, capsys):
     ("options", "message"),
     [("--size 63", "size=63: expected an even number"), ("--classes 1", "classes=1: expected 2 to 12"),
      ("--clips 0", "clips=0"), ("--seconds 0.2", "seconds=0.2"), ("--workers 0", "--workers 0"),
-     ("--seconds 4 --layout avsbench", "leave it out"), ("--fps 8 --layout flickr-soundnet", "leave it out")],
+     ("--seconds 0", "seconds=0"), ("--fps 0", "fps=0"), ("--seconds 4 --layout avsbench", "leave it out"),
+     ("--fps 8 --layout flickr-soundnet", "leave it out")],
 )  # fmt: skip
 def test_bad_options_are_named(tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as exit:
