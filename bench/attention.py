@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -90,6 +91,39 @@ class Case:
             error = ((actual.double() - expected).norm() / expected.norm()).item()
             name = f"the gradient of input {what}" if what else "the output"
             assert error < tolerance, f"{self.name}, {row}: {name} is off by {error:.1e} from the float64 reference"
+
+
+def peer(package: str, attend: Callable) -> Callable[..., Tensor]:
+    """softmax(q k^T) v by attend(q, k, v) of an optional package, which takes [B, N, H, d]; [B, H, N, d] here."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if find_spec(package) is None:
+            raise RuntimeError(f"{package} cannot run: it is not installed")
+        if not q.is_cuda:
+            raise RuntimeError(f"{package} cannot run: it needs CUDA")
+        if q.shape[-1] != v.shape[-1]:
+            raise RuntimeError(f"{package} cannot run: it takes keys and values of one width")
+        return attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    return run
+
+
+def flash_attn(scale: float) -> Callable[..., Tensor]:
+    def attend(q, k, v):
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, softmax_scale=scale)
+
+    return peer("flash_attn", attend)
+
+
+def xformers(scale: float) -> Callable[..., Tensor]:
+    def attend(q, k, v):
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v, scale=scale)
+
+    return peer("xformers", attend)
 
 
 def on_backend(op: Callable, name: str | None, **options) -> Callable[..., Tensor]:
@@ -170,8 +204,10 @@ def run_case(case: Case, device: torch.device, effort: measure.Effort, progress:
             if peak:
                 rows[row][pass_]["peak_share"] = rows[row][pass_]["flops"] / peak
     for row, result in rows.items():
-        if note := skipped.get(row) or case.no_backward.get(row):
-            result["note"] = note
+        if row in skipped:
+            result["note"] = skipped[row]
+        elif row in case.no_backward:
+            result["note"] = f"{case.no_backward[row]}; peak memory is that of forward"
         if row in calls:
             progress(case.title, f"memory: {row}")
             result["peak_memory"] = peak_memory(case, row, inputs)

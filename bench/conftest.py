@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 SECTIONS = pytest.StashKey[dict]()  # measured in this run: name -> section of the results file
 KNOWN = pytest.StashKey[dict]()  # those of the file that --compare names
 VERDICT = pytest.StashKey[tuple]()  # of the comparison: whether the run passes, and why
+DEVICE = pytest.StashKey[str]()  # what the results file is named after, as it is before a benchmark changes threads
 
 
 def pytest_addoption(parser):
@@ -33,22 +34,19 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[SECTIONS] = {}
+    config.stash[DEVICE] = measure.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if path := config.getoption("--compare", None):
         if not config.getoption("--benchmark"):
             raise pytest.UsageError("--compare compares what --benchmark measures: give both")
         try:
-            config.stash[KNOWN] = compare.load(path, device_name())
+            config.stash[KNOWN] = compare.load(path, config.stash[DEVICE])
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
 
 
-def write(sections: dict[str, dict]) -> Path:
-    name = device_name()
+def write(config, sections: dict[str, dict]) -> Path:
+    name = config.stash[DEVICE]
     return report.save(HERE / "results", measure.slug(name), name, sections)
-
-
-def device_name() -> str:
-    return measure.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class RecordedClock:
@@ -128,7 +126,7 @@ def publish(request, device):
         section = section | {"command": command, "environment": measure.environment(device)}
         config.stash[SECTIONS][name] = section
         if at_once:
-            write({name: section})
+            write(config, {name: section})
 
     return add
 
@@ -159,10 +157,10 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    sections, name = config.stash[SECTIONS], device_name()
+    sections = config.stash[SECTIONS]
     passes, why = config.stash.get(VERDICT, (True, None))
     if sections:
-        terminalreporter.section(name)
+        terminalreporter.section(config.stash[DEVICE])
     for section in sections.values():
         terminalreporter.write(report.markdown(section) + "\n")
     if why:
@@ -171,6 +169,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if sections and (config.getoption("--quick") or not passes):
         terminalreporter.write_line(f"{'--quick' if passes else '--compare failed'}: nothing is written")
     elif sections:
-        path = write(sections)
+        path = write(config, sections)
         report.render(path)
         terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}, and drawn from it .md and .png")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in under ten minutes, from a bare checkout in an environment with torch, setuptools, ninja,
-# pytest, pytest-benchmark and hypothesis: build, `pytest -m gpu`, compute-sanitizer on small shapes, kernel benchmarks,
-# the encoder table.
+# pytest, pytest-benchmark, hypothesis and matplotlib: build, `pytest -m gpu`, compute-sanitizer on small shapes, kernel
+# benchmarks. The encoder table, last, needs what the extra `train` installs.
 # The benchmarks write bench/results/<gpu>.{json,md,png}, this script <gpu>.gpu.log and, printed last, <gpu>.gpu.txt.
 # `pytest bench/ --benchmark` has more: rows under torch.compile, curves over batch and tokens, pre-training.
 # A step that fails does not stop the next; the exit status says whether all passed.
@@ -46,7 +46,8 @@ step build 60 env AVF_REQUIRE_NATIVE=1 AVF_CUDA_ARCHS="$arch" $python setup.py -
 tests="$python -m pytest -q -p no:cacheprovider -m gpu"
 step "pytest -m gpu, triton alone" 170 $tests tests/avfkernels/test_triton.py &
 step "pytest -m gpu, triton" 170 $tests tests/avfkernels/test_gpu.py -k triton &
-step "pytest -m gpu, the others" 170 $tests tests/avfkernels -k "not triton and not launch" &
+step "pytest -m gpu, the others" 170 $tests tests/avfkernels --ignore tests/avfkernels/test_accelerate.py \
+    -k "not triton and not launch" &
 wait
 step "kernel launches" 40 $tests -s tests/avfkernels/test_gpu_launches.py
 
@@ -65,7 +66,7 @@ else
     echo "memcheck, racecheck          not run: there is no compute-sanitizer on PATH" >> "$summary"
 fi
 
-step "kernel benchmarks" 80 $python -m pytest -q bench/ --benchmark -k attention
+step "kernel benchmarks" 80 $python -m pytest -q bench/test_{pair,latent,prefix}_attention.py --benchmark
 step "encoder table" 130 $python -m pytest -q bench/test_encoder.py --benchmark --no-compile
 
 echo

@@ -43,6 +43,7 @@ STAGES = {
     SHARDS: {
         "read the files, check their CRC": [(Shards, "read")],
         "decode sound": [(soundfile.SoundFile, name) for name in ("__init__", "seek", "read", "close")],
+        "scale and reflect sound": [(stills, "_sound"), (stills, "reflect")],
         "decode picture": [(stills, "read_picture")],
     },
 }

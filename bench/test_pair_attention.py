@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from avfkernels import pair_attention
-from bench.attention import PASSES, Case, compiled, on_backend, run_case
+from bench.attention import PASSES, Case, compiled, flash_attn, on_backend, run_case, xformers
 
 HEADS, QUERIES, SCALE = 12, 16, 64**-0.5
 MANY_PAIRS = 20_000  # rows that hold every pair are left out beyond so many
@@ -17,6 +17,11 @@ def two_attentions(q, k1, v1, k2, v2):
     return F.scaled_dot_product_attention(q, k1, v1, scale=SCALE) + F.scaled_dot_product_attention(
         q, k2, v2, scale=SCALE
     )
+
+
+def added(attend):
+    """R1 by somebody else's attention."""
+    return lambda q, k1, v1, k2, v2: attend(q, k1, v1) + attend(q, k2, v2)
 
 
 def pairs(join, a, b):
@@ -45,6 +50,8 @@ def rows(interaction: str) -> dict:
         return {"reference": backends["reference"], "FlexAttention over pairs": flex(torch.mul), "automatic": ours}
     return {
         "two SDPA, added": two_attentions,
+        "two flash-attn, added": added(flash_attn(SCALE)),
+        "two xformers, added": added(xformers(SCALE)),
         "reference": backends["reference"],
         "FlexAttention over pairs": flex(torch.add),
         "eager": backends["eager"],
@@ -72,7 +79,7 @@ def case(name: str, title: str, interaction: str, batch: int, n1: int, n2: int, 
         sizes=tuple((batch, HEADS, n, d) for n, d in ((QUERIES, dk), (n1, dk), (n1, dv), (n2, dk), (n2, dv))),
         flop={"forward": forward, "backward": backward, "both": forward + backward},
         skipped=skipped,
-        no_backward={"FlexAttention over pairs": "FlexAttention has no backward on a CPU"},
+        no_backward={} if torch.cuda.is_available() else {"FlexAttention over pairs": "it has no backward on a CPU"},
     )
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from avfkernels import prefix_attention
-from bench.attention import PASSES, Case, compiled, on_backend, run_case
+from bench.attention import PASSES, Case, compiled, flash_attn, on_backend, run_case, xformers
 
 HEADS, WIDTH = 12, 64
 SCALE = WIDTH**-0.5
@@ -20,9 +20,16 @@ def released(q, k, v, k_prefix, v_prefix):
     return out[:, :, prefix:]
 
 
+def concatenated(attend):
+    """Somebody else's attention over what is joined first."""
+    return lambda q, k, v, k_prefix, v_prefix: attend(q, torch.cat((k_prefix, k), 2), torch.cat((v_prefix, v), 2))
+
+
 EAGER = on_backend(prefix_attention, "eager", scale=SCALE)
 ROWS = {
     "concatenate, SDPA": EAGER,
+    "concatenate, flash-attn": concatenated(flash_attn(SCALE)),
+    "concatenate, xformers": concatenated(xformers(SCALE)),
     "prefix asks too": released,
     "reference": on_backend(prefix_attention, "reference", scale=SCALE),
     "eager, compiled": compiled(EAGER),
