@@ -39,7 +39,8 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None) -> DeepA
         path: a safetensors file (`save_encoder`) or the authors' checkpoint: a torch file with `state_dict`, whose
             encoder keys may carry the prefix `encoder.`. Its decoders are left out; any other key that is not the
             encoder's is named in a warning.
-        config: the encoder's shape. By default it comes from the file: from its metadata, or from its keys and shapes
+        config: the encoder's shape. By default it comes from the file: from what it says itself (safetensors, and
+            `avfusion export --format authors`), or from its keys and shapes
             (heads 64 wide, square images, 128 mel bands, and 16 + 8 + 8 fusion tokens if factorized).
 
     Raises:
@@ -120,12 +121,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: not a checkpoint of plain tensors ({reason}). Files that need arbitrary pickle are refused; "
             "convert them to safetensors where you trust them"
         ) from error
+    config = content.get("config") if isinstance(content, dict) else None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds no state dict (tensors by name, or those under 'state_dict' or 'model')")
-    return content, {}
+    return content, {"config": config} if isinstance(config, str) else {}
 
 
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -158,6 +160,8 @@ def _infer_config(state: dict[str, Tensor]) -> EncoderConfig:
     side = round(state["image.pos_embed"].shape[1] ** 0.5)
     mel_rows = 128 // patch_size
     frames = state["audio.pos_embed"].shape[1] // mel_rows
+    if dim % 64:
+        raise ValueError(f"{dim} wide, which is not a multiple of 64: the number of heads is unknown")
     layers = sorted({int(match[1]) for key in state if (match := re.match(r"fusion_blocks\.(\d+)\.", key))})
     tokens = state["fusion_tokens"].shape[1]
     config = {

@@ -22,6 +22,7 @@ class TrainConfig:
     # data
     data: str = setting("", "folder of the data set (layout shards: folder or https address of the shards)")
     layout: str = setting("vggsound", "how it lies there: shards, or a layout of `avfusion shard --help`")
+    shard_cache: str = setting("", "folder that keeps shards which are fetched from an address")
     split: str = setting("train", "split to train on; all: everything")
     synth_clips: int = setting(0, "make so many synthetic clips in --data first, unless they are there")
     synth_classes: int = setting(12, "of how many classes these are")
@@ -113,7 +114,7 @@ class PretrainConfig(TrainConfig):
 
 
 # Settings that may change when a run is resumed: they decide how it is computed and recorded, not what comes out.
-FREE = {"data", "eval_data", "eval_clips", "eval_split", "workers", "accumulation", "compile",
+FREE = {"data", "eval_data", "shard_cache", "eval_clips", "eval_split", "workers", "accumulation", "compile",
         "gradient_checkpointing", "fsdp", "peak_tflops", "save_steps", "keep", "eval_epochs", "log_steps", "tracker",
         "max_bad_steps"}  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Clips to features: `embed` for one video file, `embed_clips` for many, `Features` to keep them on disk."""
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ class Features:
     failed: list[ClipError]  # the clips that could not
     config: dict = field(default_factory=dict)  # of the model
     checkpoint: str | None = None  # None: the weights are random
+    weights: str | None = None  # of the model, its `fingerprint`
 
     @property
     def pooled(self) -> Tensor:
@@ -56,6 +58,7 @@ class Features:
             "failed": [error.args for error in self.failed],
             "config": self.config,
             "checkpoint": self.checkpoint,
+            "weights": self.weights,
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +77,16 @@ class Features:
             facts = {name: json.loads(fact) for name, fact in file.metadata().items()}
             tensors = {name: file.get_tensor(name) for name in ("x_image", "x_audio", "x_fusion")}
         return cls(**tensors, **facts | {"failed": [ClipError(*args) for args in facts["failed"]]})
+
+
+def fingerprint(model: DeepAVFusion) -> str:
+    """Tells encoders apart: a hash of the parameters that lie outside the layers, in float32."""
+    digest = hashlib.sha256()
+    for part in (model.image.norm, model.audio.norm, model.fusion_norm, model.image.patch_embed):
+        for parameter in part.parameters():
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    digest.update(model.fusion_tokens.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def preprocessing(config: EncoderConfig) -> tuple[v2.Transform, LogMel, dict[str, float]]:
@@ -134,7 +147,7 @@ def embed_clips(
     empty = torch.empty(0, 0, model.config.dim)
     x_image, x_audio, x_fusion = map(torch.cat, zip(*rows, strict=True)) if rows else (empty, empty, empty)
     clips = [os.fspath(paths[index]) for index in indices]
-    return Features(x_image, x_audio, x_fusion, clips, starts, failed, asdict(model.config))
+    return Features(x_image, x_audio, x_fusion, clips, starts, failed, asdict(model.config), weights=fingerprint(model))
 
 
 def embed(model: DeepAVFusion, path: str | os.PathLike) -> dict[str, Tensor]:

@@ -65,10 +65,10 @@ class AVMAE(nn.Module):
     ):
         super().__init__()
         config, self.norm_loss = encoder.config, norm_loss
-        if decoder_dim % decoder_num_heads or decoder_dim % 4 or decoder_depth < 1:
+        if min(decoder_dim, decoder_num_heads, decoder_depth) < 1 or decoder_dim % decoder_num_heads or decoder_dim % 4:
             raise ValueError(
                 f"AVMAE: decoder_dim = {decoder_dim} must be a multiple of decoder_num_heads = {decoder_num_heads} "
-                f"and of 4, and decoder_depth = {decoder_depth} at least 1"
+                f"and of 4, and these and decoder_depth = {decoder_depth} at least 1"
             )
         self.encoder = encoder
         self.visible = {}

@@ -60,6 +60,17 @@ class EncoderConfig:
             raise ValueError(f"EncoderConfig: interaction must be 'sum' or 'product', got {self.interaction!r}")
         if self.interaction == "product" and self.fusion != "dense":
             raise ValueError(f"EncoderConfig: interaction='product' belongs to fusion='dense', not {self.fusion!r}")
+        for name in (
+            "dim",
+            "depth",
+            "num_heads",
+            "patch_size",
+            "fusion_tokens",
+            "image_agg_tokens",
+            "audio_agg_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EncoderConfig: {name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.num_heads or self.dim % 4:
             raise ValueError(
                 f"EncoderConfig: dim = {self.dim} must be a multiple of num_heads = {self.num_heads} and 4"
@@ -70,9 +81,6 @@ class EncoderConfig:
                 raise ValueError(
                     f"EncoderConfig: {name} = {size} must be two multiples of patch_size {self.patch_size}"
                 )
-        for name in ("depth", "fusion_tokens", "image_agg_tokens", "audio_agg_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"EncoderConfig: {name} must be at least 1, got {getattr(self, name)}")
         self.layers_with_fusion  # noqa: B018  raises for a bad fusion_layers
 
     @property

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch.nn.functional as F
 from matplotlib import colormaps
-from PIL import Image
 from torch import Tensor, nn
 
-from avfusion.browse import FRAMES, RATE, SIDE, Card, Thing, write_page
+from avfusion.browse import FRAMES, RATE, SIDE, Card, Thing, stacked, thumbnail, write_page
 from avfusion.checkpoint import load_encoder
 from avfusion.clips import ClipError, read_clip, read_whole
-from avfusion.features import Features, embed_clips
+from avfusion.features import Features, embed_clips, fingerprint
 from avfusion.model import DeepAVFusion
 from avfusion.probe import nearest
 from avfusion.tasks.downstream import Downstream, encoder_file, load_run
@@ -50,9 +49,8 @@ class Reporter:
         if encoder is None:
             return cls(loaded)
         model, features = load_encoder(encoder_file(encoder)), Features.load(collection)
-        if features.x_fusion.shape[-1] != model.config.dim:
-            raise ValueError(f"{collection}: features of width {features.x_fusion.shape[-1]}, those of {encoder} have "
-                             f"{model.config.dim}: embed the collection with this encoder")  # fmt: skip
+        if features.weights != fingerprint(model):
+            raise ValueError(f"{collection}: features of another encoder than {encoder}: embed the collection with it")
         return cls(loaded, model, features, neighbours)
 
     def write(self, clip: Path, page: Path) -> int:
@@ -69,7 +67,7 @@ class Reporter:
                 prediction = task.predict(model, clip)
                 facts = [f"{key}: {_text(value)}" for key, value in prediction.facts.items()]
                 caption = " · ".join([f"{clip.start:.1f} s to {clip.start + task.window['duration']:.1f} s", *facts])
-                frame, sounds = _thumbnail(clip.frame), [Thing(n, None, None, _sound(x)) for n, x in
+                frame, sounds = thumbnail(clip.frame), [Thing(n, None, None, _sound(x)) for n, x in
                                                          prediction.sounds.items()]  # fmt: skip
                 for values in prediction.maps.values():
                     frame = _heated(frame, values)
@@ -79,17 +77,15 @@ class Reporter:
             yield from self._neighbours(path)
 
     def _overview(self, path: Path) -> Card:
-        frames, waveform = read_whole(path, frame_rate=8, sample_rate=RATE)
-        frames = frames[:: math.ceil(len(frames) / FRAMES)]
-        caption = "the clip"
+        frames, waveform = read_whole(path, frame_rate=8, sample_rate=RATE, transform=thumbnail)
+        frames, said = frames[:: math.ceil(len(frames) / FRAMES)], []
         for name in ("finetune", "probe"):
             if name in self.runs:
                 task, model = self.runs[name]
                 classes = task.predict(model, read_clip(path, **task.window)).facts["classes"]
-                caption = f"{name}: {_text(classes)}"
-                break
-        pictures = np.stack([_thumbnail(image) for _, image in frames])
-        return Card(path.name, caption, pictures, np.array([time for time, _ in frames]), waveform[0].numpy())
+                said.append(f"{name}: {_text(classes)}")
+        pictures, times = stacked([image for _, image in frames]), np.array([time for time, _ in frames])
+        return Card(path.name, " · ".join(said) or "the clip", pictures, times, waveform[0].numpy())
 
     def _neighbours(self, path: Path) -> Iterator[Card]:
         own = embed_clips(self.encoder, [path])
@@ -110,7 +106,7 @@ class Reporter:
                 blank = np.full((1, SIDE, SIDE, 3), 200, np.uint8)
                 yield Card(title, f"{caption} · {error}", blank, np.zeros(1), np.zeros(1, np.float32))
                 continue
-            yield Card(title, caption, _thumbnail(clip.frame)[None], np.array([clip.frame_time]),
+            yield Card(title, caption, thumbnail(clip.frame)[None], np.array([clip.frame_time]),
                        _sound(clip.waveform[0]))  # fmt: skip
 
 
@@ -123,12 +119,6 @@ def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {100 * share:.0f} %" for name, share in value.items())
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _thumbnail(image: Image.Image) -> np.ndarray:
-    image = image.convert("RGB")
-    image.thumbnail((SIDE, SIDE))
-    return np.asarray(image)
 
 
 def _heated(frame: np.ndarray, values: Tensor) -> np.ndarray:

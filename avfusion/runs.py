@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import safetensors
@@ -51,6 +52,9 @@ class Curve:
             with open(path, newline="", encoding="utf-8") as file:
                 rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         return cls(out, [row for row in rows if row["step"] <= step])
+
+    def has(self, step: int) -> bool:
+        return any(row["step"] == step for row in self.rows)
 
     def add(self, step: int, epoch: float, found: dict[str, float]) -> None:
         if found:
@@ -176,7 +180,7 @@ def load_checkpoint(
             model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )  # fmt: skip
-    except (OSError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: cannot be resumed ({error}); remove it to go on from the one before") from error
     loader.load_state_dict(state["loader"])
     if accelerator.process_index < len(state["generators"]):
@@ -210,7 +214,8 @@ def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tupl
     """Write the encoder of a run's last checkpoint to one file; returns the file and the step.
 
     The file is safetensors for `load_encoder`, or, for `authors`, a torch file in their checkpoint format: all weights,
-    the decoders' too, under `state_dict`. The default name is RUN/encoder.safetensors or RUN/encoder.pth.
+    the decoders' too, under `state_dict`, and beside them the encoder's `config`, which `load_encoder` reads. The
+    default name is RUN/encoder.safetensors or RUN/encoder.pth.
 
     Raises ValueError where there is no checkpoint, or `out` has the suffix of the other format.
     """
@@ -222,14 +227,16 @@ def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tupl
     if (out.suffix == ".safetensors") == authors:
         raise ValueError(f"{out}: expected a name in {suffix}, which tells readers the format")
     out.parent.mkdir(parents=True, exist_ok=True)
+    model = load_encoder(last / "model.safetensors")
     if not authors:
-        save_encoder(load_encoder(last / "model.safetensors"), out)
+        save_encoder(model, out)
         return out, step
     clips, batch = (json.loads((run / "run.json").read_text())[k] for k in ("data", "settings"))
     epoch = step // (clips["clips"] // batch["batch_size"])
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        torch.save({"state_dict": load_file(last / "model.safetensors"), "epoch": epoch, "n_steps": step}, part)
+        content = {"epoch": epoch, "n_steps": step, "config": json.dumps(asdict(model.config))}
+        torch.save(content | {"state_dict": load_file(last / "model.safetensors")}, part)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)

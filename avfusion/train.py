@@ -1,8 +1,8 @@
 """Training: one flat loop, `train`, for pre-training and every downstream task, and the functions it is made of.
 
 What a step computes is a function of the settings and of how many steps came before: order, crops and masks depend on
-(seed, epoch, clip) and neither on processes nor on workers. A run that resumes repeats the undisturbed one bit for bit
-on the same number of processes.
+(seed, epoch, clip) and neither on processes nor on workers. (Batch norms in heads are of what one process computes at a
+time.) A run that resumes repeats the undisturbed one bit for bit on the same number of processes.
 """
 
 import math
@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -98,6 +99,9 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
     placed = {"rank": accelerator.process_index, "world_size": ranks}
     loader = task.loader(source, part, train=True, report=out / "failed.jsonl", **placed)
     steps = len(source.rows) // config.batch_size  # of an epoch
+    if not steps:
+        raise ValueError(f"batch_size={config.batch_size}: the set has only {len(source.rows)} clips, take a smaller "
+                         "batch")  # fmt: skip
     total = steps * config.epochs
 
     # Run folder
@@ -132,7 +136,7 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
     evaluating, curve = None, Curve.resume(out, step)
     if config.eval_clips:
         chosen = task.open_evaluation()
-        if not chosen.has_labels:
+        if not any(row.labels or row.label is not None for row in chosen.rows):
             accelerator.print(f"{config.eval_data or config.data}: no labels")
         evaluating = task.loader(chosen, part, train=False, **placed)
     save = partial(save_checkpoint, out, model, optimizer, loader, accelerator, config.keep)
@@ -144,27 +148,33 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
     peak = (config.peak_tflops or _peak(device, dtype)) * 1e12 * ranks
     bar = tqdm(total=total, initial=step, unit="step", disable=not (main and sys.stderr.isatty()))
 
-    def evaluate(epoch: float) -> None:
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+    def due() -> bool:
+        epoch, rest = divmod(step, steps)
+        return evaluating is not None and not rest and (epoch % config.eval_epochs == 0 or epoch == config.epochs)
+
+    def evaluate() -> None:
         copy = whole(model, task, sharded)
         training = copy.training
         copy.eval()
         found = task.evaluate(copy, evaluating, dtype).summary
         if main:
-            curve.add(step, epoch, found)
+            curve.add(step, step / steps, found)
             (out / "pictures").mkdir(parents=True, exist_ok=True)
             task.draw(copy, evaluating, spread(len(evaluating.source.rows)), out / "pictures" / f"step-{step:08d}.png")
         copy.train(training)
         accelerator.log({f"eval/{name}": value for name, value in found.items()}, step=step)
 
-    if step == 0 and evaluating:
-        evaluate(0.0)
+    if due() and not curve.has(step):  # at the beginning, and where SIGTERM came in the last step of an epoch
+        evaluate()
     clock, counted = time.perf_counter(), step
     for epoch in range(step // steps, config.epochs):
         batches, taken = iter(loader), []
         for _ in range(steps - step % steps):
             lr = config.blr * config.batch_size / 256
             lr = set_rate(optimizer, lr, step / steps, config.epochs, config.warmup_epochs)
-            losses, clips = 0, []
+            losses, clips, running = 0, [], [[x.clone() for x in norm.buffers()] for norm in norms]
             for micro in range(config.accumulation):
                 batch = next(batches)
                 clips += batch.index.tolist()
@@ -189,6 +199,9 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
                 taken.append(losses)
             else:
                 bad += 1
+                for module, before in zip(norms, running, strict=True):  # the forward pass has updated them
+                    for buffer, value in zip(module.buffers(), before, strict=True):
+                        buffer.copy_(value)
                 values = {f"loss_{name}": loss for name, loss in zip(parts, losses, strict=True)}
                 values["gradient_norm"] = norm
                 names = note_skipped(out, step, values, source, clips, main=main)
@@ -222,8 +235,8 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
             if config.save_steps and step % config.save_steps == 0 and step % steps:
                 save(step, bad)
 
-        if evaluating and ((epoch + 1) % config.eval_epochs == 0 or epoch + 1 == config.epochs):
-            evaluate(epoch + 1.0)
+        if due():
+            evaluate()
             clock, counted = time.perf_counter(), step
         save(step, bad)
         means = torch.tensor(taken).mean(0).tolist() if taken else [math.nan] * len(parts)

@@ -50,10 +50,15 @@ def layers(count: int, depth: int) -> list[int]:
 
 
 def freeze_unread(encoder: DeepAVFusion) -> None:
-    """The heads read image and audio tokens before their final norms: what comes later gets no gradient."""
-    last = str(encoder.config.depth - 1)
+    """The heads read image and audio tokens before their final norms: what comes later gets no gradient.
+
+    Fusion tokens are read by layers with a fusion block alone: what the last one makes of them, or, where there is
+    none, the tokens themselves, nothing reads.
+    """
+    fused = encoder.config.layers_with_fusion
+    unread = f"fusion_blocks.{fused[-1]}." if fused else "fusion_tokens"
     for name, parameter in encoder.named_parameters():
-        if name.startswith(("image.norm.", "audio.norm.", "fusion_norm.", f"fusion_blocks.{last}.")):
+        if name.startswith(("image.norm.", "audio.norm.", "fusion_norm.", unread)):
             parameter.requires_grad_(False)
 
 

@@ -14,23 +14,42 @@ then over classes; the release leaves out frames that have no foreground.
 Source: Zhou et al., ECCV 2022, https://arxiv.org/abs/2207.05042, and the evaluation code of both.
 """
 
+import copy
 import math
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 BETA2 = 0.3
 EPS = 1e-10
 
 
-class BinarySegmentation:
+class _Frames:
+    """What is gathered of frames: lists of tensors [frames, ...], under the names in `gathered`."""
+
+    gathered: tuple[str, ...]
+
+    def __init__(self):
+        for name in self.gathered:
+            setattr(self, name, [])
+
+    def of_all_processes(self) -> "_Frames":
+        """The same metric with what every process has gathered; all of them have to call it."""
+        everything = copy.copy(self)
+        parts = gather_object([{name: getattr(self, name) for name in self.gathered}])
+        for name in self.gathered:
+            setattr(everything, name, [x for part in parts for x in part[name]])
+        return everything
+
+
+class BinarySegmentation(_Frames):
     """Gathers frames, probabilities [B, H, W] in [0, 1] and truth [B, H, W], 0 or 1, by `update`; `compute` ends it.
 
     Raises ValueError for shapes that do not fit and values out of range.
     """
 
-    def __init__(self):
-        self.iou, self.curves, self.classes, self.best = [], [], [], []
+    gathered = "iou", "curves", "classes", "best"
 
     def update(self, probability: Tensor, truth: Tensor) -> Tensor:
         """Returns the benchmark's IoU of each frame, [B]."""
@@ -59,14 +78,17 @@ class BinarySegmentation:
         }
 
 
-class SemanticSegmentation:
+class SemanticSegmentation(_Frames):
     """Gathers frames, logits [B, C, H, W] and truth [B, H, W] in 0 ... C - 1, 0 the background; as above.
 
     Raises ValueError for shapes that do not fit and for a truth that is no class.
     """
 
+    gathered = "iou", "f", "sounds"
+
     def __init__(self, num_classes: int):
-        self.num_classes, self.iou, self.f, self.sounds = num_classes, [], [], []
+        super().__init__()
+        self.num_classes = num_classes
 
     def update(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Returns the mean IoU of each frame over its classes, [B]."""

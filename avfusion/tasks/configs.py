@@ -4,7 +4,7 @@
 runs on synthetic clips in minutes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from avfusion.config import TrainConfig, setting
 
@@ -27,7 +27,17 @@ class DownstreamConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class ProbeConfig(DownstreamConfig):
-    """A linear probe: the encoder stays as it is. LARS, without weight decay."""
+    """A linear probe: the encoder stays as it is. LARS, without weight decay.
+
+    Raises ValueError for settings of what is not trained.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        for item in fields(self):
+            given = getattr(self, item.name)
+            if item.name in ("weight_decay", "betas", "layer_decay", "drop_path") and given != item.default:
+                raise ValueError(f"{item.name}={given}: a probe trains no encoder, and its heads by LARS without decay")
 
 
 @dataclass(frozen=True)
@@ -35,15 +45,24 @@ class FinetuneConfig(DownstreamConfig):
     """Recognition with all weights trained."""
 
     mixup: float = setting(1.0, "alpha of the Beta distribution by which clips are mixed; 0: they are not")
-    smoothing: float = setting(0.1, "label smoothing")
+    smoothing: float = setting(0.1, "label smoothing, where clips have one label each")
 
 
 @dataclass(frozen=True)
 class ContrastConfig(DownstreamConfig):
-    """Retrieval and localisation: the picture and the sound of a clip are to be alike."""
+    """Retrieval and localisation: the picture and the sound of a clip are to be alike.
+
+    Raises ValueError for `accumulation`.
+    """
 
     contrast_dim: int = setting(256, "width of the space in which pictures and sounds are compared")
     temperature: float = setting(0.1, "of the softmax over clips")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.accumulation != 1:
+            raise ValueError(f"accumulation={self.accumulation}: each clip is told from all others of its step, which "
+                             "parts would not be; take a smaller batch, or more processes")  # fmt: skip
 
 
 @dataclass(frozen=True)

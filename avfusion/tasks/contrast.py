@@ -1,12 +1,14 @@
 """Retrieval and sound source localisation: both learn which picture and which sound belong together."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from avfusion.clips import Clip
-from avfusion.data.loader import Batch, ClipLoader
+from avfusion.data.loader import Batch, ClipLoader, Source
 from avfusion.heads.contrast import Contrast, info_nce, similarity
 from avfusion.heads.localization import attention_map, center_prior, similarity_map
 from avfusion.metrics.localization import consensus_iou, consensus_map, localization_scores
@@ -17,6 +19,31 @@ from avfusion.tasks.downstream import Downstream, Prediction
 from avfusion.tasks.task import Result, Selection, autocast, clips_of, device_of, gathered, whole_frame
 
 
+def joined(x: Tensor) -> Tensor:
+    """[B, ...] of each process -> those of all, one after the other, and gradients go back to whose they are.
+
+    Each process then computes the same loss of all clips; gradients are summed here and averaged by DDP and FSDP.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return _Joined.apply(x)
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.rows]
+
+
 class Contrastive(Downstream):
     needs_labels = False
 
@@ -25,7 +52,9 @@ class Contrastive(Downstream):
 
     def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
         patches, sound = model(*self.inputs(batch, batch.image.device))
-        return {"contrast": info_nce(similarity(patches.float(), sound.float()), self.config.temperature)}
+        # Own pictures with the sounds of all processes, and then the rows of all: [clips of the step, the same].
+        alike = joined(similarity(patches.float(), joined(sound.float())))
+        return {"contrast": info_nce(alike, self.config.temperature)}
 
 
 class Retrieve(Contrastive):
@@ -79,10 +108,13 @@ class Localize(Contrastive):
 
     name = "localize"
 
+    def methods(self) -> list[str]:
+        """The learnt map, the same for the sound of another clip of the batch, the encoder's own two, the centre."""
+        attention = ["attention"] if self.encoder_config.layers_with_fusion else []
+        return ["contrast", "other sound", "similarity", *attention, "center"]
+
     def maps(self, model: Contrast, image: Tensor, audio: Tensor) -> dict[str, Tensor]:
-        """Maps by method, each [B, rows, columns]: the learnt one, the same for the sound of another clip of the batch,
-        the pre-trained encoder's two, the centre prior.
-        """
+        """Maps [B, rows, columns] of the `methods`, in their order."""
         patches, sound = model(image, audio)
         grid, encoder = self.encoder_config.image_grid, model.encoder
         sounds = {"contrast": sound, "other sound": sound.roll(1, 0)}
@@ -91,17 +123,15 @@ class Localize(Contrastive):
         if self.encoder_config.layers_with_fusion:
             maps["attention"] = attention_map(encoder, image, audio)
         maps["center"] = center_prior(grid).expand(len(image), -1, -1)
-        return {name: x.float().cpu() for name, x in maps.items()}
+        return {name: maps[name].float().cpu() for name in self.methods()}
 
-    def open_evaluation(self) -> Selection:
+    def evaluated(self, source: Source) -> Sequence[int]:
         """Clips with boxes."""
-        chosen = super().open_evaluation()
-        keep = [i for i, row in enumerate(chosen.rows) if row.extra.get("boxes")]
-        if not keep:
+        boxed = [i for i, row in enumerate(source.rows) if row.extra.get("boxes")]
+        if not boxed:
             raise ValueError(f"{self.config.eval_data or self.config.data}: no clip of the split "
                              f"{self.config.eval_split} has boxes; use flickr-soundnet or vggss")  # fmt: skip
-        chosen.rows, chosen.index = [chosen.rows[i] for i in keep], [chosen.index[i] for i in keep]
-        return chosen
+        return boxed
 
     def truth(self, source: Selection, index: list[int]) -> Tensor:
         """[B, 224, 224] as the metric wants it: in the part of the frame that the model sees."""
@@ -126,12 +156,12 @@ class Localize(Contrastive):
         index, ciou = gathered(rows)
         summary = {
             f"{score} {name}": value
-            for name, column in zip(maps, ciou.unbind(1), strict=True)
+            for name, column in zip(self.methods(), ciou.unbind(1), strict=True)
             for score, value in localization_scores(column).items()
         }
         samples = [
             {"row": i, "clip": source.name(i), "score": values[0]}
-            | {f"cIoU {name}": v for name, v in zip(maps, values, strict=True)}
+            | {f"cIoU {name}": v for name, v in zip(self.methods(), values, strict=True)}
             for i, values in zip(index.tolist(), ciou.tolist(), strict=True)
         ]
         return Result(summary, samples)

@@ -77,7 +77,7 @@ class Downstream(Task):
         source = super().read(where, split)
         if self.needs_labels and not source.classes:
             raise ValueError(f"{where}: the layout {self.config.layout} has no labels, which {self.name} needs")
-        if self.classes and source.classes and tuple(source.classes) != self.classes:
+        if self.needs_labels and self.classes and tuple(source.classes) != self.classes:
             raise ValueError(f"{where}: its {len(source.classes)} classes are not the {len(self.classes)} of training")
         self.classes = tuple(source.classes)
         return source

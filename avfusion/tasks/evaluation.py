@@ -1,6 +1,7 @@
 """Evaluating a downstream run, and writing what it finds where people look: JSON, CSV, pictures, sounds."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +36,11 @@ def evaluate_run(run: Path, expected: str, out: Path, **changes) -> dict[str, fl
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     if result.samples:
         write_csv(out / "samples.csv", result.samples)
-        ranked = [sample["row"] for sample in sorted(result.samples, key=lambda sample: -sample["score"])]
-        task.draw(model, loader, ranked[:SHOWN], out / "best.png")
-        task.draw(model, loader, ranked[::-1][:SHOWN], out / "worst.png")
+        scored = [sample for sample in result.samples if math.isfinite(sample["score"])]  # a silent source has no SDR
+        ranked = [sample["row"] for sample in sorted(scored, key=lambda sample: -sample["score"])]
+        for name, rows in (("best", ranked[:SHOWN]), ("worst", ranked[::-1][:SHOWN])):
+            if rows:
+                task.draw(model, loader, rows, out / f"{name}.png")
     return result.summary
 
 

@@ -1,5 +1,6 @@
 """Masked audio-visual pre-training (Eqs. 12-14) as a task: `AVMAE`, probed by nearest neighbours on the way."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,13 @@ from torch import Tensor, nn
 
 from avfusion.checkpoint import load_unimodal
 from avfusion.config import PretrainConfig
-from avfusion.data.loader import Batch, ClipLoader
+from avfusion.data.loader import Batch, ClipLoader, Source
 from avfusion.mae import AVMAE
 from avfusion.model import DeepAVFusion
 from avfusion.optim import adamw
 from avfusion.plots import plot_reconstructions
 from avfusion.probe import probe
-from avfusion.tasks.task import Result, Task, clips_of
+from avfusion.tasks.task import Result, Task, clips_of, one_label
 
 
 class Pretrain(Task):
@@ -58,6 +59,10 @@ class Pretrain(Task):
             for clip in index.tolist()
         ]
         return list(torch.from_numpy(np.stack(rows)).split(sizes, dim=1))
+
+    def evaluated(self, source: Source) -> Sequence[int]:
+        """Clips with one label, whose neighbours can be compared; where none has, any, to draw."""
+        return [i for i, row in enumerate(source.rows) if one_label(row) is not None] or range(len(source.rows))
 
     def evaluate(self, model: AVMAE, loader: ClipLoader, dtype: torch.dtype) -> Result:
         """Leave-one-out nearest neighbours of labelled clips (the paper's Fig. 3); nothing where none has a label."""

@@ -58,7 +58,7 @@ class Recognition(Downstream):
             target = F.one_hot(batch.label.clamp(min=0), len(self.classes)) if batch.labels is None else batch.labels
             rows.append((batch.index, logits.float(), target.float()))
         index, logits, target = gathered(rows)
-        single, source = batch.labels is None, loader.source
+        single, source = not loader.clips.multi_label, loader.source
         if single:
             label = target.argmax(1)
             summary = top_k_accuracy(logits, label, tuple(k for k in (1, 5) if k <= len(self.classes)))

@@ -24,7 +24,7 @@ from avfusion.heads.segmentation import Segmenter, segmentation_loss
 from avfusion.metrics.segmentation import BinarySegmentation, SemanticSegmentation
 from avfusion.plots import plot_clips
 from avfusion.tasks.downstream import Downstream, Prediction
-from avfusion.tasks.task import Result, Selection, autocast, clips_of, device_of, gathered, spread, whole_frame
+from avfusion.tasks.task import Result, autocast, clips_of, device_of, gathered, whole_frame
 
 
 class Frames:
@@ -72,16 +72,9 @@ class Segment(Downstream):
 
     def read(self, where: str, split: str) -> Frames:
         table = super().read(where, split)
-        if table.layout != "avsbench":
-            raise ValueError(f"{where}: the layout {table.layout} has no masks; segment reads avsbench")
+        if self.config.layout != "avsbench":
+            raise ValueError(f"{where}: the layout {self.config.layout} has no masks; segment reads avsbench")
         return Frames(table, self.config.subset)
-
-    def open_evaluation(self) -> Selection:
-        chosen = super().open_evaluation()
-        count = len(chosen.source.rows)  # every annotated frame, whether or not its clip has one label
-        chosen.index = spread(count, min(self.config.eval_clips, count))
-        chosen.rows = [chosen.source.rows[i] for i in chosen.index]
-        return chosen
 
     def loader(self, source, batch_size, *, train, **options) -> ClipLoader:
         loader = super().loader(source, batch_size, train=train, **options)
@@ -109,32 +102,27 @@ class Segment(Downstream):
     def evaluate(self, model: Segmenter, loader: ClipLoader, dtype: torch.dtype) -> Result:
         """`... center` are the scores of a disc in the middle of the frame, a guess that looks at nothing."""
         rows, device, source, size = [], device_of(model), loader.source, self.encoder_config.image_size
+        middle = (center_prior(size) > center_prior(size).median()).double().to(device)
+        classes, ours, center = SemanticSegmentation(len(self.classes)), BinarySegmentation(), BinarySegmentation()
         for batch in loader:
             image, audio, truth = self.split(batch, device)
             with autocast(device, dtype):
                 logits = model(image, audio).float()
-            # Half precision and small integers, as all processes get all frames.
-            rows.append((batch.index, logits.half(), truth.to(torch.uint8)))
-        index, logits, truth = gathered(rows)
-        middle = (center_prior(size) > center_prior(size).median()).double()
-        summary, samples, scores = {}, [], []
-        if self.config.semantic:
-            semantic = SemanticSegmentation(len(self.classes))
-            scores = [semantic.update(x.float(), t) for x, t in zip(logits.split(16), truth.split(16), strict=True)]
-            summary = semantic.compute()
-            foreground = 1 - logits.float().softmax(1)[:, 0]
-        else:
-            foreground = logits.float().sigmoid()[:, 0]
-        ours, center = BinarySegmentation(), BinarySegmentation()
+            foreground = 1 - logits.softmax(1)[:, 0] if self.config.semantic else logits.sigmoid()[:, 0]
+            sounds = (truth > 0).double()
+            score = ours.update(foreground.double().clamp(0, 1), sounds)
+            center.update(middle.expand_as(sounds), sounds)
+            if self.config.semantic:
+                score = classes.update(logits, truth)
+            rows.append((batch.index, score))
+        index, scores = gathered(rows)
+        summary = classes.of_all_processes().compute() if self.config.semantic else {}
         prefix = "foreground " if self.config.semantic else ""
-        for p, t in zip(foreground.clamp(0, 1).split(16), (truth > 0).double().split(16), strict=True):
-            found = ours.update(p.double(), t)
-            scores += [] if self.config.semantic else [found]
-            center.update(middle.expand_as(t), t)
-        summary |= {prefix + name: value for name, value in ours.compute().items()}
-        summary |= {f"{prefix}{name} center": value for name, value in center.compute().items()}
+        for suffix, metric in (("", ours), (" center", center)):
+            found = metric.of_all_processes().compute()
+            summary |= {f"{prefix}{name}{suffix}": value for name, value in found.items()}
         samples = [{"row": i, "clip": source.name(i), "score": round(s, 6)}
-                   for i, s in zip(index.tolist(), torch.cat(scores).tolist(), strict=True)]  # fmt: skip
+                   for i, s in zip(index.tolist(), scores.tolist(), strict=True)]  # fmt: skip
         return Result(summary, samples)
 
     def draw(self, model: Segmenter, loader: ClipLoader, rows: list[int], path: Path) -> None:

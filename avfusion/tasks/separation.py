@@ -93,6 +93,9 @@ class Separate(Downstream):
     def build(self, *, weights: bool = False) -> Separator:
         return Separator(self.build_encoder(weights=weights))
 
+    def flop(self) -> int:
+        return SOURCES * super().flop()  # each picture of a mixture is a pass of its own
+
     def mixed(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Images [2B, 3, H, W], waveforms [2B, 1, samples] of the sources, and of their mixtures, likewise.
 
@@ -136,7 +139,8 @@ class Separate(Downstream):
             scores = torch.stack(bss_eval(truth, torch.stack(list(found.values()))), dim=-1)  # [methods, B, sources, 3]
             rows.append((batch.index, scores.mean(2).transpose(0, 1).flatten(1)))
         index, values = gathered(rows)
-        names = [f"{score}{method}" for method in found for score in ("SDR", "SIR", "SAR")]
+        methods = ("", " mixture", " oracle", " NMF", " RPCA")[: 5 if self.thorough else 3]
+        names = [f"{score}{method}" for method in methods for score in ("SDR", "SIR", "SAR")]
         samples = [
             {"row": i, "clip": source.name(i), "score": line[0]} | dict(zip(names, line, strict=True))
             for i, line in zip(index.tolist(), values.tolist(), strict=True)

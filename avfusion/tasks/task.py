@@ -3,7 +3,7 @@
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from avfusion import data
 from avfusion.clips import IMAGENET_MEAN, IMAGENET_STD, Clip, image_transform
 from avfusion.config import TrainConfig
 from avfusion.data.loader import Batch, ClipLoader, Source
+from avfusion.data.table import Row
 from avfusion.features import preprocessing
 from avfusion.model import EncoderConfig
 
@@ -80,14 +81,22 @@ class Task(ABC):
         return self.read(config.data, config.split)
 
     def open_evaluation(self) -> "Selection":
-        """The clips to evaluate on."""
-        config = self.config
-        return Selection(self.read(config.eval_data or config.data, config.eval_split), config.eval_clips)
+        """The clips to evaluate on, evenly spaced over those that can be."""
+        source = self.read(self.config.eval_data or self.config.data, self.config.eval_split)
+        chosen = self.evaluated(source)
+        return Selection(source, [chosen[i] for i in spread(len(chosen), self.config.eval_clips)])
+
+    def evaluated(self, source: Source) -> Sequence[int]:
+        """The rows of a source that an evaluation can use."""
+        return range(len(source.rows))
 
     def read(self, where: str, split: str) -> Source:
-        if self.config.layout == "shards":
-            return data.Shards(where)
-        return data.read(self.config.layout, where, None if split == "all" else split)
+        wanted = None if split == "all" else split
+        if self.config.layout != "shards":
+            return data.read(self.config.layout, where, wanted)
+        if "://" in where and not self.config.shard_cache:
+            raise ValueError(f"{where}: shards at an address need --shard-cache, a folder that keeps what is fetched")
+        return data.Shards(where, wanted, cache=self.config.shard_cache or None)
 
     def loader(self, source: Source, batch_size: int, *, train: bool, **options) -> ClipLoader:
         transform = self.transform
@@ -120,18 +129,16 @@ class Task(ABC):
 
 
 class Selection:
-    """At most `count` clips of a source that have one label, evenly spaced; all its clips where none has."""
+    """Some clips of a source, by their rows. In a multi-label set too, a clip with one label has it as its `label`."""
 
-    def __init__(self, source: Source, count: int):
-        rows = [replace(row, label=row.labels[0]) if row.label is None and len(row.labels) == 1 else row
-                for row in source.rows]  # fmt: skip
-        labelled = [i for i, row in enumerate(rows) if row.label is not None] or range(len(rows))
+    def __init__(self, source: Source, index: Sequence[int]):
         self.source, self.classes, self.sha256 = source, source.classes, source.sha256
-        self.index = [labelled[i * len(labelled) // count] for i in range(count)] if len(labelled) > count else labelled
-        self.rows = [rows[i] for i in self.index]
+        self.index = list(index)
+        self.rows = [replace(source.rows[i], label=one_label(source.rows[i])) for i in self.index]
 
     @property
     def has_labels(self) -> bool:
+        """Whether nearest neighbours can be compared: several clips have one label each."""
         return sum(row.label is not None for row in self.rows) > 1
 
     def name(self, index: int) -> str:
@@ -139,6 +146,11 @@ class Selection:
 
     def read(self, index: int, **window) -> Clip:
         return self.source.read(self.index[index], **window)
+
+
+def one_label(row: Row) -> int | None:
+    """The label of a clip that has exactly one."""
+    return row.labels[0] if row.label is None and len(row.labels) == 1 else row.label
 
 
 def whole_frame(size: tuple[int, int]) -> v2.Transform:

@@ -84,6 +84,15 @@ def test_an_unusual_split_of_fusion_tokens_needs_a_config(tmp_path):
     assert load_encoder(tmp_path / "c.pth", config).config == config
 
 
+def test_widths_that_do_not_tell_the_heads_need_a_config(tmp_path):
+    """Heads are 64 wide in the release; no tensor has their shape."""
+    model = DeepAVFusion(EncoderConfig(dim=96, depth=1, num_heads=4))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"pass config=: 96 wide, which is not a multiple of 64"):
+        load_encoder(tmp_path / "x.pth")
+    assert_same_weights(load_encoder(tmp_path / "x.pth", model.config), model)
+
+
 def test_keys_that_are_neither_encoder_nor_decoder_are_named_in_a_warning(model, tmp_path):
     torch.save({"state_dict": authors_state(model) | {"head.weight": torch.zeros(2)}}, tmp_path / "c.pth")
     with pytest.warns(UserWarning, match=r"left out, as not the encoder's: head\.weight"):

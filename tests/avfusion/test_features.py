@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from avfusion.cli import main
 from avfusion.clips import ClipError, LogMel, image_transform, read_clip
 from avfusion.features import Features, embed, embed_clips
 from avfusion.model import DeepAVFusion, EncoderConfig
+from avfusion.plots import plot_clip
 
 from .media import noise, write_clip
 
@@ -260,3 +262,11 @@ def test_help_teaches_and_loads_nothing_heavy(tmp_path):
     assert result.stdout.endswith("False\n")
     for word in ("x_fusion", "pooled", "--plot", "examples:", "Features.load", "exit status"):
         assert word in result.stdout
+
+
+def test_dollar_signs_in_names_are_no_mathematics(clips, tmp_path):
+    name = tmp_path / "x$_$.mp4"
+    name.write_bytes(Path(clips["good"][0]).read_bytes())
+    clip = read_clip(name)
+    plot_clip(tmp_path / "x.png", clip, torch.zeros(3, 32, 32), torch.zeros(32, 64), note="a $^$ b")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """The separation and segmentation heads: the authors' numbers, where the golden files are; shapes and what is read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,13 @@ def test_layers_are_those_of_the_paper():
     assert layers(5, 4) == [0, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("fusion", [{}, {"fusion": "none"}, {"fusion_layers": "none"}, {"fusion_layers": "0-1"},
+                                    {"fusion_layers": "late", "fusion": "dense"}])  # fmt: skip
 @pytest.mark.parametrize("classes", [None, 1, 5])
-def test_every_weight_that_wants_a_gradient_gets_one(classes):
-    """Otherwise several processes could not train it."""
+def test_every_weight_that_wants_a_gradient_gets_one(classes, fusion):
+    """Otherwise several processes could not train it, nor could a run resume."""
     torch.manual_seed(0)
-    encoder = DeepAVFusion(SMALL)
+    encoder = DeepAVFusion(replace(SMALL, **fusion))
     model = Separator(encoder) if classes is None else Segmenter(encoder, classes)
     out = model(torch.randn(2, 3, 32, 48), torch.randn(2, 1, 32, 64))
     assert out.shape == ((2, 1, 32, 64) if classes is None else (2, classes, 32, 48))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import fbeta_score, jaccard_score
 
+from avfusion.metrics import segmentation
 from avfusion.metrics.segmentation import BinarySegmentation, SemanticSegmentation, class_scores, f_curve
 
 BETA = math.sqrt(0.3)
@@ -124,3 +125,16 @@ def test_what_does_not_fit_is_named():
         SemanticSegmentation(3).update(torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 3]]]))
     with pytest.raises(ValueError, match=r"logits \[B, 3, H, W\]"):
         SemanticSegmentation(3).update(torch.zeros(1, 2, 1, 2), torch.zeros(1, 1, 2))
+
+
+def test_what_several_processes_gathered_is_joined(monkeypatch):
+    rng = np.random.default_rng(3)
+    whole, parts = BinarySegmentation(), [BinarySegmentation(), BinarySegmentation()]
+    for part in (0, 1, 1):
+        probability, truth = (torch.from_numpy(x) for x in (rng.random((2, 4, 4)), rng.integers(0, 2, (2, 4, 4))))
+        whole.update(probability, truth)
+        parts[part].update(probability, truth)
+    states = [{name: getattr(part, name) for name in part.gathered} for part in parts]
+    monkeypatch.setattr(segmentation, "gather_object", lambda own: states)
+    assert parts[0].of_all_processes().compute() == pytest.approx(whole.compute(), abs=1e-12, nan_ok=True)
+    assert len(parts[0].iou) == 1  # itself unchanged

@@ -13,7 +13,6 @@ from avfusion.optim import adamw, rate, rise, set_rate
 from avfusion.probe import chance, leave_one_out_accuracy, nearest
 from avfusion.tasks.command import PRESETS
 from avfusion.tasks.pretrain import Pretrain
-from avfusion.tasks.task import Selection
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_nearest_neighbours_and_chance():
         nearest(features, features, 5, leave_one_out=True)
 
 
-def test_a_selection_takes_labelled_clips_evenly():
+def test_neighbours_are_looked_for_among_labelled_clips_evenly(config):
     class Source:
         rows = tuple(Row(f"{i}", Path(f"{i}.mp4"), labels=(i,) if i % 2 else (0, 1)) for i in range(12))
         classes, sha256 = tuple("abcdefghijkl"), "x"
@@ -72,20 +71,24 @@ def test_a_selection_takes_labelled_clips_evenly():
         def name(self, index):
             return self.rows[index].path.name
 
-    chosen = Selection(Source(), 3)
+    class Task(Pretrain):
+        def read(self, where, split):
+            return self.source
+
+    task = Task(replace(config, eval_clips=3))
+    task.source = Source()
+    chosen = task.open_evaluation()
     assert [row.label for row in chosen.rows] == [1, 5, 9]
     assert [chosen.name(i) for i in range(3)] == ["1.mp4", "5.mp4", "9.mp4"]
     assert chosen.has_labels
-    unlabelled = Source()
-    unlabelled.rows = [replace(row, labels=()) for row in Source.rows]
-    assert len(Selection(unlabelled, 5).rows) == 5
-    assert not Selection(unlabelled, 5).has_labels
+    task.source.rows = [replace(row, labels=()) for row in Source.rows]
+    assert len(task.open_evaluation().rows) == 3
+    assert not task.open_evaluation().has_labels
 
 
 def test_presets_and_help(capsys):
-    for name, settings in PRESETS.items():
+    for settings in PRESETS.values():
         PretrainConfig(**{"data": "somewhere"} | settings).encoder()
-        assert name in (None, *PRESETS)
     paper = PretrainConfig(data="x", **PRESETS["paper-audioset"])
     assert (paper.epochs, paper.batch_size, paper.blr, paper.warmup_epochs) == (200, 2048, 1.5e-4, 40)
     assert (paper.weight_decay, paper.betas, paper.crop_min, paper.gain_db) == (0.05, (0.9, 0.95), 0.5, 6.0)

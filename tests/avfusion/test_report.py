@@ -85,6 +85,7 @@ def test_what_does_not_fit_is_named(made, tmp_path):
         Reporter.load({"segment": made / "run-localize"})
     with pytest.raises(ValueError, match="neighbours need both"):
         Reporter.load({}, str(made / "encoder.safetensors"))
-    save_encoder(DeepAVFusion(EncoderConfig(dim=64, depth=1, num_heads=2)), tmp_path / "wide.safetensors")
-    with pytest.raises(ValueError, match=r"features of width 32, those of .* have 64: embed the collection"):
-        Reporter.load({}, str(tmp_path / "wide.safetensors"), made / "all.safetensors")
+    for config in (EncoderConfig(dim=64, depth=1, num_heads=2), ENCODER):  # of another width, or trained otherwise
+        save_encoder(DeepAVFusion(config), tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=r"all\.safetensors: features of another encoder than .*other"):
+            Reporter.load({}, str(tmp_path / "other.safetensors"), made / "all.safetensors")

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +13,16 @@ import torch
 
 from avfusion import DeepAVFusion, EncoderConfig, save_encoder
 from avfusion.cli import main
+from avfusion.data import pack, read
 from avfusion.heads.contrast import Contrast, info_nce, similarity
 from avfusion.synth.command import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks.configs import PRESETS
-from avfusion.tasks.contrast import Localize
+from avfusion.tasks.contrast import Localize, Retrieve
 from avfusion.tasks.downstream import load_run
 from avfusion.tasks.recognition import Finetune, Probe
 from avfusion.tasks.registry import TASKS
+from avfusion.tasks.separation import Separate
 
 ENCODER = EncoderConfig(
     dim=32, depth=4, num_heads=2, image_size=(64, 64), audio_size=(32, 64), fusion_tokens=2, image_agg_tokens=2,
@@ -153,6 +158,151 @@ def test_other_classes_than_those_of_training_are_refused(encoder, clips, tmp_pa
     with pytest.raises(SystemExit):
         main(["probe", "eval", str(tmp_path / "run"), "--eval-data", str(tmp_path / "other")])
     assert "its 3 classes are not the 2 of training" in capsys.readouterr().err
+
+
+def test_tasks_without_classes_are_evaluated_on_any(encoder, clips, tmp_path):
+    """As localisation, trained on VGGSound, is on VGG-SS."""
+    assert train("retrieve", encoder, clips, tmp_path / "run", "--eval-clips", "0") == 0
+    synthesize(tmp_path / "other", Settings(clips=8, classes=3, size=64, seconds=1.5, fps=4))
+    assert main(["retrieve", "eval", str(tmp_path / "run"), "--eval-data", str(tmp_path / "other")]) == 0
+
+
+def test_clips_with_several_labels_are_evaluated_too(encoder, tmp_path):
+    data, run = tmp_path / "clips", tmp_path / "run"
+    synthesize(data, Settings(layout="audioset", clips=24, classes=3, size=64, seconds=1.5, fps=4))
+    table = read("audioset", data, "eval")
+    assert {len(row.labels) for row in table.rows} > {1}
+    options = ["--layout", "audioset", "--split", "balanced_train", "--eval-split", "eval"]
+    assert train("finetune", encoder, lambda _: data, run, *options) == 0
+    assert main(["finetune", "eval", str(run)]) == 0
+    summary = json.loads((run / "eval" / "summary.json").read_text())
+    assert summary["clips"] == len(table)
+    assert "mAP" in summary["summary"]
+    with open(run / "eval" / "samples.csv", newline="") as file:
+        assert any(";" in row["labels"] for row in csv.DictReader(file))
+
+
+def test_shards_are_trained_and_evaluated_by_split(encoder, clips, tmp_path, capsys):
+    table = read("vggsound", clips("vggsound"))
+    pack(table, tmp_path / "shards", clips_per_shard=4)
+    run, layout = tmp_path / "run", ["--layout", "shards"]
+    assert train("finetune", encoder, lambda _: tmp_path / "shards", run, *layout) == 0
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["data"]["clips"] == sum(row.split == "train" for row in table.rows)
+    assert main(["finetune", "eval", str(run)]) == 0
+    summary = json.loads((run / "eval" / "summary.json").read_text())
+    assert summary["clips"] == sum(row.split == "test" for row in table.rows)
+    for words, message in (
+        (["--split", "val"], "split='val': expected test, train"),
+        (["--data", "https://localhost/x"], "need --shard-cache"),
+    ):
+        with pytest.raises(SystemExit):
+            train("finetune", encoder, lambda _: tmp_path / "shards", tmp_path / "other", *layout, *words)
+        assert message in capsys.readouterr().err
+
+
+def test_a_step_that_is_not_finite_leaves_batch_norms_as_they_were(encoder, clips, tmp_path, monkeypatch):
+    losses, steps = Probe.losses, iter(range(100))
+
+    def poisoned(self, model, batch, epoch):
+        return losses(self, model, batch._replace(image=batch.image * (torch.nan if next(steps) == 1 else 1)), epoch)
+
+    monkeypatch.setattr(Probe, "losses", poisoned)
+    assert train("probe", encoder, clips, tmp_path / "run", "--eval-clips", "0") == 0
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 1
+    _, model = load_run(tmp_path / "run")
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+
+
+def test_partners_in_an_evaluation_are_the_same_each_time(encoder, clips, tmp_path):
+    options = ["--eval-split", "test", "--blr", "0"]
+    assert train("separate", encoder, clips, tmp_path / "run", *options) == 0
+    with open(tmp_path / "run" / "evaluations.csv", newline="") as file:
+        mixtures = {row["SDR mixture"] for row in csv.DictReader(file)}
+    assert len(mixtures) == 1
+
+
+def test_clips_without_a_score_are_neither_best_nor_worst(encoder, clips, tmp_path, monkeypatch):
+    assert train("retrieve", encoder, clips, tmp_path / "run", "--eval-clips", "0") == 0
+    evaluate, drawn = Retrieve.evaluate, []
+
+    def silent(*args):
+        result = evaluate(*args)
+        for sample in result.samples[::2]:
+            sample["score"] = float("nan")
+        for i, sample in enumerate(result.samples[1::2]):
+            sample["score"] = float(i)
+        return result
+
+    monkeypatch.setattr(Retrieve, "evaluate", silent)
+    monkeypatch.setattr(Retrieve, "draw", lambda self, model, loader, rows, path: drawn.append(rows))
+    assert main(["retrieve", "eval", str(tmp_path / "run")]) == 0
+    best, worst = drawn
+    assert all(row % 2 for row in best + worst)
+    assert best == sorted(best, reverse=True)
+    assert worst == sorted(worst)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("probe", ["--layer-decay", "0.5"], "layer_decay=0.5: a probe trains no encoder"),
+        ("probe", ["--weight-decay", "0.1"], "weight_decay=0.1: a probe trains no encoder"),
+        ("retrieve", ["--accumulation", "2"], "accumulation=2: each clip is told from all others of its step"),
+        ("finetune", ["--batch-size", "32", "--accumulation", "4"], "batch_size=32: the set has only"),
+    ],
+)
+def test_settings_that_would_do_nothing_or_something_else_are_refused(
+    name, options, message, encoder, clips, tmp_path, capsys
+):
+    with pytest.raises(SystemExit):
+        train(name, encoder, clips, tmp_path / "run", *options)
+    assert message in capsys.readouterr().err
+
+
+CONTRAST = """
+import sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from avfusion import EncoderConfig
+from avfusion.data.loader import Batch
+from avfusion.tasks.contrast import Retrieve
+from avfusion.tasks.registry import TASKS
+
+encoder = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 32), audio_size=(32, 64))
+task = Retrieve(TASKS["retrieve"][0](data="x", from_scratch=True, contrast_dim=8), encoder)
+torch.manual_seed(0)
+model = task.build()
+image, waveform = torch.randn(6, 3, 32, 32), torch.randn(6, 1, 16000)
+dist.init_process_group("gloo") if len(sys.argv) > 2 else None
+rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+own = [x[rank * 6 // ranks : (rank + 1) * 6 // ranks] for x in (image, waveform)]
+batch = Batch(*own, None, None, None, None)
+trained = DistributedDataParallel(model) if ranks > 1 else model
+loss = task.losses(trained, batch, 0)["contrast"]
+loss.backward()
+if rank == 0:
+    torch.save([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], sys.argv[1])
+"""
+
+
+def test_several_processes_contrast_all_clips_of_a_step(tmp_path):
+    (tmp_path / "work.py").write_text(CONTRAST)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, str(tmp_path / "work.py"), str(tmp_path / "one.pt")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    both = [*torchrun, str(tmp_path / "work.py"), str(tmp_path / "two.pt"), "together"]
+    for line in (alone, both):
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    for expected, got in zip(one, two, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixture_costs_two_passes():
+    task = Separate(TASKS["separate"][0](data="x", from_scratch=True), ENCODER)
+    assert task.flop() == 2 * super(Separate, task).flop()
 
 
 def test_mixup_and_smoothing(clips):

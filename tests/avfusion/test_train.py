@@ -182,6 +182,16 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(config, undisturbed, tmp_pat
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+def test_an_evaluation_that_sigterm_left_out_is_made_up_for(config, tmp_path, monkeypatch):
+    config, out = replace(config, eval_clips=9, eval_split="all", eval_epochs=1), tmp_path / "run"
+    at_step(monkeypatch, STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert not train.train(Pretrain(config), out)
+    monkeypatch.undo()
+    assert train.train(Pretrain(config), out, resume=True)
+    with open(out / "evaluations.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "3", "6", "9"]
+
+
 def poison(monkeypatch, name, clips):
     """Make the sound of some clips not finite, on its way to the model."""
     table = data.read("vggsound", clips, "train")
@@ -278,6 +288,10 @@ def _fewer(clips, tmp_path):
         ({"data": ""}, "data: give the folder of the data set"),
         ({"epochs": 0}, "epochs=0: expected at least 1"),
         ({"crop_min": 0.0}, "crop_min=0.0: expected a share"),
+        ({"num_heads": 0}, "EncoderConfig: num_heads must be at least 1, got 0"),
+        ({"patch_size": 0}, "EncoderConfig: patch_size must be at least 1, got 0"),
+        ({"decoder_num_heads": 0}, "decoder_num_heads = 0"),
+        ({"batch_size": 24, "accumulation": 2}, "batch_size=24: the set has only 12 clips"),
     ],
 )
 def test_settings_that_cannot_be_run_are_named(config, changes, message, tmp_path):
@@ -305,6 +319,12 @@ def test_a_damaged_checkpoint_is_named(config, undisturbed, tmp_path):
     (folder / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"step-00000003: cannot be resumed .*remove it"):
         train.train(Pretrain(config), tmp_path / "run", resume=True)
+    good = undisturbed / "checkpoints" / "step-00000009" / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(good.read_bytes())
+    for content in (b"", b"half"):
+        (folder / "state.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"step-00000003: cannot be resumed .*remove it"):
+            train.train(Pretrain(config), tmp_path / "run", resume=True)
 
 
 def test_probes_pictures_and_log(config, tmp_path):
@@ -418,8 +438,7 @@ def test_an_exported_encoder_loads_and_is_the_runs(config, undisturbed, tmp_path
     assert (
         main(["export", str(undisturbed), "--out", str(out), "--format", "authors" if authors else "safetensors"]) == 0
     )
-    # The authors' format tells no shape: heads are 64 wide and mels 128 there.
-    model = load_encoder(out, config.encoder() if authors else None)
+    model = load_encoder(out)
     assert model.config == config.encoder()
     weights = files(undisturbed)[0]
     assert all(torch.equal(value, weights[f"encoder.{key}"]) for key, value in model.state_dict().items())
