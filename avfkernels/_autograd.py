@@ -30,7 +30,10 @@ def gradients_by_formula(
     outputs = function(*tensors)
     if isinstance(outputs, Tensor):
         outputs, grads = (outputs,), (grads,)
-    outputs, grads = zip(*((y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None), strict=True)
+    read = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None and y.requires_grad]
+    if not read:
+        return [None] * len(needed)
+    outputs, grads = zip(*read, strict=True)
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]

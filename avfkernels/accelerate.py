@@ -37,9 +37,9 @@ def accelerate(model: nn.Module) -> Callable[[], None]:
     gradients are those of before up to rounding. With dropout they are so in distribution: it is drawn for fewer rows.
 
     In layers with fusion, the unimodal blocks and their attention, the fusion blocks and theirs, and the projections
-    whose parts are applied apart (`qkv`, `kv`, `k`, `v`) are not called as modules any more. So their projections have
-    to be linear layers as they come from torch, and none of them may have hooks: accelerate before whatever adds hooks
-    to other modules (FSDP), and look at tokens with `return_embs`.
+    whose parts are applied apart (`qkv`, and `kv`, `k`, `v` of interactions) are not called as modules any more. So
+    their projections have to be linear layers as they come from torch, and none of them may have hooks: accelerate
+    before whatever adds hooks to other modules (FSDP), and look at tokens with `return_embs`.
 
     Raises:
         ValueError: the model holds no such encoder, or it is not built as expected; says which attribute of which
@@ -170,7 +170,7 @@ def _replacement(name: str, theirs: nn.Module) -> FusionBlock:
             f"{shapes.get(key, 'of nothing, it is missing')}, expected {wanted.get(key, 'no such parameter')}"
         )
     _check_uncalled(name, theirs)
-    _check_uncalled(f"{name}.attn", attn, ("kv", "k", "v"))
+    _check_uncalled(f"{name}.attn", attn, () if kind is TokenFusion else ("kv", "k", "v"))
     for part in ("attn_v", "attn_a"):
         if hasattr(attn, part):
             _check_uncalled(f"{name}.attn.{part}", getattr(attn, part), ("kv",))

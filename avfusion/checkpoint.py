@@ -127,7 +127,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             content = content[wrapper]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds no state dict (tensors by name, or those under 'state_dict' or 'model')")
-    return content, {"config": config} if isinstance(config, str) else {}
+    return content, {"config": config} if _is_object(config) else {}
+
+
+def _is_object(text: object) -> bool:
+    """Whether it is JSON of names and values, as `avfusion export --format authors` writes beside the weights."""
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

@@ -230,16 +230,24 @@ class _Reader:
             time = max(time + self.origin, min(self.extent[stream][0] + self.origin, 0))
             self.container.seek(int(time / stream.time_base), stream=stream)
             skip_until = (skip_until + self.origin) / stream.time_base  # as packets count
+            # AVI stores neither pts nor what could be taken for them: its frames come out in order, at a constant rate.
+            counted = stream is self.video and self.container.format.name == "avi" and stream.average_rate
+            time = begin = None
             for packet in self.container.demux(stream):
+                begin = packet.dts if begin is None else begin  # of the keyframe, which comes out first
                 if stream is self.video:
-                    skip = packet.pts is not None and packet.pts < skip_until
+                    skip = packet.pts is not None and packet.pts < skip_until and not counted
                     stream.codec_context.skip_frame = "NONREF" if skip else "DEFAULT"
                 for frame in packet.decode():
-                    # AVI stores no pts; frames come out in order, and the dts of what brought them out tells when.
-                    at = frame.dts if frame.pts is None else frame.pts
-                    if at is None:
+                    if counted and time is not None:
+                        time += float(1 / stream.average_rate)
+                    elif counted and begin is not None:
+                        time = float(begin * stream.time_base) - self.origin
+                    elif frame.pts is not None:
+                        time = frame.time - self.origin
+                    else:
                         raise ClipError(self.path, stream.type, "its frames have no timestamps: convert it to MP4")
-                    yield float(at * frame.time_base) - self.origin, frame
+                    yield time, frame
 
     def nearest_frame(self, target: float) -> tuple[Image.Image, float]:
         """The frame nearest to `target` seconds, upright, and its time."""

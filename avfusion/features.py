@@ -34,7 +34,7 @@ class Features:
     failed: list[ClipError]  # the clips that could not
     config: dict = field(default_factory=dict)  # of the model
     checkpoint: str | None = None  # None: the weights are random
-    weights: str | None = None  # of the model, its `fingerprint`
+    weights: str | None = None  # the `fingerprint` of the model; None: not known
 
     @property
     def pooled(self) -> Tensor:
@@ -80,12 +80,11 @@ class Features:
 
 
 def fingerprint(model: DeepAVFusion) -> str:
-    """Tells encoders apart: a hash of the parameters that lie outside the layers, in float32."""
+    """Tells encoders apart: a hash of the parameters that lie outside the layers, rounded to bfloat16."""
     digest = hashlib.sha256()
-    for part in (model.image.norm, model.audio.norm, model.fusion_norm, model.image.patch_embed):
-        for parameter in part.parameters():
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    digest.update(model.fusion_tokens.detach().float().cpu().numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        if "blocks." not in name:
+            digest.update(parameter.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

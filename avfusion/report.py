@@ -49,7 +49,7 @@ class Reporter:
         if encoder is None:
             return cls(loaded)
         model, features = load_encoder(encoder_file(encoder)), Features.load(collection)
-        if features.weights != fingerprint(model):
+        if features.x_fusion.shape[-1] != model.config.dim or features.weights not in (None, fingerprint(model)):
             raise ValueError(f"{collection}: features of another encoder than {encoder}: embed the collection with it")
         return cls(loaded, model, features, neighbours)
 

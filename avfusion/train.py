@@ -166,7 +166,7 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
         copy.train(training)
         accelerator.log({f"eval/{name}": value for name, value in found.items()}, step=step)
 
-    if due() and not curve.has(step):  # at the beginning, and where SIGTERM came in the last step of an epoch
+    if due() and not (last and curve.has(step)):  # at the beginning, and where SIGTERM came in an epoch's last step
         evaluate()
     clock, counted = time.perf_counter(), step
     for epoch in range(step // steps, config.epochs):

@@ -37,8 +37,8 @@ def pair_attention(
         out = softmax(scale q k1^T) v1 + softmax(scale q k2^T) v2,     lse = lse1 + lse2
 
     costs O(N1 + N2) in time and memory. Products and dropped pairs do not separate. The fused backends then visit every
-    pair, in O(N1 N2) time and O(N1 + N2) memory, forward and backward; where there is none (float64, float16, another
-    device) the `reference` computes them and holds all pairs in memory.
+    pair, in O(N1 N2) time and O(N1 + N2) memory, forward and backward (second derivatives hold all pairs); where there
+    is none (float64, float16, another device) the `reference` computes them and holds all pairs in memory.
 
     Split into pieces, either set of tokens at a time, and joined by `merge_attention`, the result is the same.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avfkernels._autograd import transformed
 from avfkernels._math import compute_dtype, masked_softmax
 from avfkernels.pair_attention import reference
 
@@ -15,10 +16,11 @@ from avfkernels.pair_attention import reference
 def forward(q, k1, v1, k2, v2, *, scale, interaction, mask1, mask2, dropout_p, seed, return_lse):
     """See `avfkernels.pair_attention`."""
     mask1, mask2, any_pair = close_empty(mask1, mask2)
-    if return_lse or q.dtype == torch.float64 or 0 in (k1.shape[2], k2.shape[2]):
+    if return_lse or q.dtype == torch.float64 or transformed() or 0 in (k1.shape[2], k2.shape[2]):
         out, lse = _explicit(q, k1, v1, k2, v2, scale, mask1, mask2, return_lse)
     else:
-        # PyTorch's fused attention has neither lse nor second derivatives (hence float64, where they are checked).
+        # PyTorch's fused attention has neither lse nor forward mode nor second derivatives (hence float64, where they
+        # are checked).
         out = _sdpa(q, k1, v1, mask1, scale) + _sdpa(q, k2, v2, mask2, scale)
         lse = q.new_empty(0, dtype=torch.float32)
     if any_pair is not None:

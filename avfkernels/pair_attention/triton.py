@@ -56,7 +56,7 @@ def kernel(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed,
     separate = _separates(interaction, dropout_p)
     outputs = _outputs(q, v1, separate, return_lse, save)
     out, lse, saved_softmax, saved_out = (t if t.numel() or t is outputs[0] else None for t in outputs)
-    if not q[..., 0].numel():
+    if 0 in q.shape[:3]:
         return outputs
     if separate:
         from avfkernels.pair_attention import triton_sum

@@ -46,7 +46,7 @@ def kernel(q, k, v, k_prefix, v_prefix, scale, return_lse, save):
 
     outputs = fake(q, k, v, k_prefix, v_prefix, scale, return_lse, save)
     out, lse, saved_softmax = (t if t.numel() or t is outputs[0] else None for t in outputs)
-    if q[..., 0].numel():
+    if 0 not in q.shape[:3]:
         triton_sum.forward(q, k_prefix, v_prefix, k, v, scale, None, None, out, lse, saved_softmax, joint=True)
     return outputs
 

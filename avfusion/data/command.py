@@ -15,12 +15,12 @@ OUT/failed.jsonl.
 
 EPILOG = """\
 examples:
-  avfusion shard vggsound /data/vggsound /data/shards/train --split train --workers 16
+  avfusion shard vggsound /data/vggsound /data/shards --workers 16
   avfusion shard folder videos/ shards/
 
 in Python:
   from avfusion.data import ClipLoader, Shards
-  loader = ClipLoader(Shards("shards/"), batch_size=64, train=True, num_workers=8)
+  loader = ClipLoader(Shards("/data/shards", "train"), batch_size=64, train=True, num_workers=8)
 
 An interrupted run goes on with the next shard when it is repeated.
 exit status: 0 all clips packed, 1 some clips failed (the others are packed) or too many, 2 usage or data set error

@@ -263,9 +263,7 @@ class Shards:
         path = self.folder / "index.json"
         if not path.is_file():
             raise LayoutError(f"{path}: no such file; avfusion shard writes it when all shards are complete")
-        self.sha256 = (
-            _sha256(path) if split is None else hashlib.sha256(f"{_sha256(path)} {split}".encode()).hexdigest()
-        )
+        self.sha256 = _sha256(path)
         index, splits = _load(path), set()
         self.layout, self.classes = index["layout"], tuple(index["classes"])
         self.shards, self.rows, files, times = [], [], [], []
@@ -287,6 +285,8 @@ class Shards:
                 times.append(np.array(sample["times"], np.float32))
             self.shards.append((f"{entry['name']}.tar", shard["sha256"], len(self.rows) - count))
         check_split(split, sorted(splits - {None}))
+        if split is not None and splits != {split}:  # another list of clips than all of them
+            self.sha256 = hashlib.sha256(f"{self.sha256} {split}".encode()).hexdigest()
         # Flat arrays: workers share them with their parent, which they would not do with lists.
         self.first = np.cumsum([0, *map(len, files)])
         self.files, self.times = np.concatenate([*files, np.empty((0, 3), int)]), np.concatenate([*times, np.empty(0)])

@@ -24,16 +24,15 @@ class DownstreamConfig(TrainConfig):
                 "encoder: give pre-trained weights, --encoder RUN or FILE, or ask for random ones by --from-scratch"
             )
 
+    def check_new(self) -> None:
+        """Raises ValueError for settings that a run cannot be trained with; one that has been can be loaded."""
+
 
 @dataclass(frozen=True)
 class ProbeConfig(DownstreamConfig):
-    """A linear probe: the encoder stays as it is. LARS, without weight decay.
+    """A linear probe: the encoder stays as it is. LARS, without weight decay."""
 
-    Raises ValueError for settings of what is not trained.
-    """
-
-    def __post_init__(self):
-        super().__post_init__()
+    def check_new(self) -> None:
         for item in fields(self):
             given = getattr(self, item.name)
             if item.name in ("weight_decay", "betas", "layer_decay", "drop_path") and given != item.default:
@@ -50,16 +49,12 @@ class FinetuneConfig(DownstreamConfig):
 
 @dataclass(frozen=True)
 class ContrastConfig(DownstreamConfig):
-    """Retrieval and localisation: the picture and the sound of a clip are to be alike.
-
-    Raises ValueError for `accumulation`.
-    """
+    """Retrieval and localisation: the picture and the sound of a clip are to be alike."""
 
     contrast_dim: int = setting(256, "width of the space in which pictures and sounds are compared")
     temperature: float = setting(0.1, "of the softmax over clips")
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_new(self) -> None:
         if self.accumulation != 1:
             raise ValueError(f"accumulation={self.accumulation}: each clip is told from all others of its step, which "
                              "parts would not be; take a smaller batch, or more processes")  # fmt: skip

@@ -54,6 +54,7 @@ class Downstream(Task):
     def __init__(self, config: DownstreamConfig, encoder_config: EncoderConfig | None = None, classes=()):
         self.pretrained = None
         if encoder_config is None:  # a new run
+            config.check_new()
             encoder_config = EncoderConfig()
             if config.encoder:
                 self.pretrained = load_encoder(encoder_file(config.encoder))

@@ -96,7 +96,13 @@ class Task(ABC):
             return data.read(self.config.layout, where, wanted)
         if "://" in where and not self.config.shard_cache:
             raise ValueError(f"{where}: shards at an address need --shard-cache, a folder that keeps what is fetched")
-        return data.Shards(where, wanted, cache=self.config.shard_cache or None)
+        try:
+            return data.Shards(where, wanted, cache=self.config.shard_cache or None)
+        except ValueError as error:
+            if not str(error).startswith("split="):
+                raise
+            raise ValueError(f"{where}: {error}. Name another, or all, by --split or --eval-split, or other clips to "
+                             "evaluate on by --eval-data") from error  # fmt: skip
 
     def loader(self, source: Source, batch_size: int, *, train: bool, **options) -> ClipLoader:
         transform = self.transform

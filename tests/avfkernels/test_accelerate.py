@@ -215,6 +215,13 @@ def test_modules_that_would_be_gone_around_are_refused(change, path):
     assert "forward" not in vars(model)
 
 
+def test_the_keys_and_values_of_token_fusion_are_one_layer_that_is_called():
+    model = adapted(hooked(build("token"), "fusion_blocks.0.attn.kv"), "fusion_blocks.1.attn.kv").double()
+    expected = run(model, *batch())
+    accelerate(model)
+    assert_equal(run(model, *batch()), expected)
+
+
 def test_modules_of_layers_without_fusion_may_have_hooks():
     seen, model = [], build("dense", fusion_layers=(1,))
     model.image.blocks[0].register_forward_hook(lambda *_: seen.append(1))

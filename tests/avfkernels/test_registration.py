@@ -183,11 +183,33 @@ def test_second_derivatives_through_the_native_kernel(interaction, dropout_p):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("interaction", ["sum", "product"])
-def test_forward_mode_differentiation(interaction):
-    tensors = small_pair_inputs(torch.float32)
+@needs_native
+def test_second_derivatives_where_an_output_depends_on_nothing_that_wants_any():
+    """Frozen keys: lse has no gradient, though one is given; and a piece without tokens has none at all."""
+    q, k1, v1, k2, v2 = small_pair_inputs(torch.float32)
+    for wanted, keys in ((v1, k1), (q, k1[:, :, :0])):
+        wanted.requires_grad_()
+        with avfkernels.backend("cpu"):
+            out, lse = pair_attention(q, keys, v1[:, :, : keys.shape[2]], k2, v2, scale=0.5, return_lse=True)
+            finite = lse.masked_fill(lse.isinf(), 0.0)
+            (first,) = torch.autograd.grad(out.sin().sum() + finite.sum(), wanted, create_graph=True, allow_unused=True)
+        assert first is None or first.isfinite().all()
+        wanted.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (small_pair_inputs, lambda *t: pair_attention(*t, scale=0.5)),
+        (small_pair_inputs, lambda *t: pair_attention(*t, scale=0.5, interaction="product")),
+        (prefix_inputs, lambda *t: prefix_attention(*t, scale=0.5)),
+        (latent_inputs, lambda *t: latent_attention(*t, scale=0.5)),
+    ],
+)
+def test_forward_mode_differentiation(case):
+    inputs, function = case
+    tensors = inputs(torch.float32)
     tangents = [torch.randn_like(t) for t in tensors]
-    function = lambda *t: pair_attention(*t, scale=0.5, interaction=interaction, return_lse=True)[0]  # noqa: E731
     _, got = torch.func.jvp(function, tuple(tensors), tuple(tangents))
     with torch.autograd.forward_ad.dual_level():
         duals = [torch.autograd.forward_ad.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]

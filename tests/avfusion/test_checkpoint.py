@@ -93,6 +93,12 @@ def test_widths_that_do_not_tell_the_heads_need_a_config(tmp_path):
     assert_same_weights(load_encoder(tmp_path / "x.pth", model.config), model)
 
 
+@pytest.mark.parametrize("config", ["vitb.yaml", "[1]", {"dim": 3}])
+def test_what_others_call_config_is_not_the_shape(model, config, tmp_path):
+    torch.save({"state_dict": model.state_dict(), "config": config}, tmp_path / "x.pth")
+    assert_same_weights(load_encoder(tmp_path / "x.pth"), model)
+
+
 def test_keys_that_are_neither_encoder_nor_decoder_are_named_in_a_warning(model, tmp_path):
     torch.save({"state_dict": authors_state(model) | {"head.weight": torch.zeros(2)}}, tmp_path / "c.pth")
     with pytest.warns(UserWarning, match=r"left out, as not the encoder's: head\.weight"):

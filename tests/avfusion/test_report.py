@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from avfusion import DeepAVFusion, EncoderConfig, save_encoder
+from avfusion import DeepAVFusion, EncoderConfig, load_encoder, save_encoder
 from avfusion.cli import main
+from avfusion.features import Features, fingerprint
 from avfusion.report import Reporter
 from avfusion.synth.command import synthesize
 from avfusion.synth.scene import Settings
@@ -85,6 +86,11 @@ def test_what_does_not_fit_is_named(made, tmp_path):
         Reporter.load({"segment": made / "run-localize"})
     with pytest.raises(ValueError, match="neighbours need both"):
         Reporter.load({}, str(made / "encoder.safetensors"))
+    old = Features.load(made / "all.safetensors")
+    assert old.weights == fingerprint(load_encoder(made / "encoder.safetensors").bfloat16())
+    old.weights = None  # as of a file that does not tell
+    old.save(tmp_path / "old.safetensors")
+    assert Reporter.load({}, str(made / "encoder.safetensors"), tmp_path / "old.safetensors").collection is not None
     for config in (EncoderConfig(dim=64, depth=1, num_heads=2), ENCODER):  # of another width, or trained otherwise
         save_encoder(DeepAVFusion(config), tmp_path / "other.safetensors")
         with pytest.raises(ValueError, match=r"all\.safetensors: features of another encoder than .*other"):

@@ -333,6 +333,8 @@ def test_a_split_of_shards(tmp_path):
     assert sorted(seen) == list(range(6))
     with pytest.raises(ValueError, match="split='val': expected test, train"):
         data.Shards(tmp_path / "out", "val")
+    data.pack(data.Table("test", tmp_path, tuple(rows[:1]), ("a",)), tmp_path / "one")
+    assert data.Shards(tmp_path / "one", "train").sha256 == data.Shards(tmp_path / "one").sha256  # the same clips
 
 
 def test_shard_that_is_not_the_one_of_the_index_is_refused(served, copy, tmp_path):

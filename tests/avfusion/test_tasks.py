@@ -193,7 +193,7 @@ def test_shards_are_trained_and_evaluated_by_split(encoder, clips, tmp_path, cap
     summary = json.loads((run / "eval" / "summary.json").read_text())
     assert summary["clips"] == sum(row.split == "test" for row in table.rows)
     for words, message in (
-        (["--split", "val"], "split='val': expected test, train"),
+        (["--split", "val"], "split='val': expected test, train. Name another, or all, by --split or --eval-split"),
         (["--data", "https://localhost/x"], "need --shard-cache"),
     ):
         with pytest.raises(SystemExit):
@@ -258,6 +258,16 @@ def test_settings_that_would_do_nothing_or_something_else_are_refused(
     with pytest.raises(SystemExit):
         train(name, encoder, clips, tmp_path / "run", *options)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "changes"), [("retrieve", {"accumulation": 2}), ("probe", {"weight_decay": 0.0})])
+def test_runs_made_with_settings_that_are_refused_now_can_still_be_read(name, changes, encoder, clips, tmp_path):
+    assert train(name, encoder, clips, tmp_path / "run", "--eval-clips", "0") == 0
+    path = tmp_path / "run" / "run.json"
+    facts = json.loads(path.read_text())
+    facts["settings"] |= changes
+    path.write_text(json.dumps(facts))
+    assert main([name, "eval", str(tmp_path / "run")]) == 0
 
 
 CONTRAST = """

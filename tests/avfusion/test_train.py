@@ -189,7 +189,19 @@ def test_an_evaluation_that_sigterm_left_out_is_made_up_for(config, tmp_path, mo
     monkeypatch.undo()
     assert train.train(Pretrain(config), out, resume=True)
     with open(out / "evaluations.csv", newline="") as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["0", "3", "6", "9"]
+        assert [float(row["step"]) for row in csv.DictReader(file)] == [0, 3, 6, 9]
+
+
+def test_a_run_begun_again_evaluates_anew(config, tmp_path):
+    """An attempt that ended before its first checkpoint leaves a row, of another model perhaps."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "evaluations.csv").write_text("step,epoch,other\n0.0,0.0,0.5\n")
+    assert train.train(Pretrain(replace(config, eval_clips=9, eval_split="all", eval_epochs=3)), out)
+    with open(out / "evaluations.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "9"]
+    assert "other" not in rows[0]
 
 
 def poison(monkeypatch, name, clips):
