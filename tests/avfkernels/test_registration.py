@@ -112,10 +112,15 @@ def test_the_native_backward_and_dropout_compile_whole(interaction):
     def run(*t):
         return pair_attention(*t, scale=0.5, interaction=interaction, dropout_p=0.3, seed=torch.tensor(7))
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+    keep = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=lambda graph, _: graphs.append(graph) or graph)
+    compiled = torch.compile(run, fullgraph=True, backend=keep)
     results = [(out, *torch.autograd.grad(out.sin().sum(), tensors)) for out in (compiled(*tensors), run(*tensors))]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
+    assert "pair_attention_cpu_backward" in graphs[0].code
 
 
 @pytest.mark.parametrize(("op", "inputs"), OPS)
