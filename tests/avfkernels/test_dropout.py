@@ -7,7 +7,7 @@ from oracle import pair_inputs
 import avfkernels
 from avfkernels import pair_attention
 from avfkernels._native import why_unavailable
-from avfkernels.pair_attention.dropout import keep_factor, pair_dropout, philox
+from avfkernels.pair_attention.dropout import keep_factor, pair_dropout, philox, threshold
 
 needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
@@ -120,3 +120,9 @@ def test_checkpointing_meets_the_same_mask_again(interaction):
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
         pair_attention(*pair_inputs(dtype=torch.float32), scale=1.0, **options)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(0.5, 1), (1.5, 2), (2.5, 3), (2.49, 2), (65535.6, 65536)])
+def test_the_threshold_rounds_halves_up_as_in_c(steps, expected):
+    """Python's round goes to even: at 2.5 steps the reference once dropped fewer pairs than the kernels."""
+    assert threshold(steps / 65536) == expected

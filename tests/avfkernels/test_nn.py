@@ -260,3 +260,11 @@ def test_forward_errors_name_the_argument_and_the_shape():
         block(x_fusion, x_visual, x_audio[..., :32])
     with pytest.raises(ValueError, match="x_visual must have shape"):
         block(x_fusion, x_visual[:1], x_audio)
+
+
+def test_products_with_an_empty_side_have_maps_of_nothing():
+    block = DenseFusion(64, 4, interaction="product")
+    x_fusion, x_visual, x_audio = torch.randn(2, 3, 64), torch.randn(2, 5, 64), torch.randn(2, 0, 64)
+    _, alpha, beta = block(x_fusion, x_visual, x_audio, return_attention=True)
+    assert alpha.shape == (2, 4, 3, 0)
+    assert torch.equal(beta, torch.zeros(2, 4, 3, 5))
