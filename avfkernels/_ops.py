@@ -16,7 +16,6 @@ from avfkernels._checks import autocast_enabled, cast_for_autocast
 from avfkernels.latent_attention import cpu as latent_cpu
 from avfkernels.latent_attention import eager as latent_eager
 from avfkernels.latent_attention import reference as latent_reference
-from avfkernels.latent_attention import triton as latent_triton
 from avfkernels.pair_attention import cpu as pair_cpu
 from avfkernels.pair_attention import cuda as pair_cuda
 from avfkernels.pair_attention import eager as pair_eager
@@ -55,7 +54,6 @@ BACKENDS: dict[str, dict[str, Backend]] = {
         "reference": Backend(latent_reference.forward, latent_reference.why_not),
         "eager": Backend(latent_eager.forward, latent_eager.why_not),
         "cpu": Backend(latent_cpu.forward, latent_cpu.why_not, latent_cpu.is_faster),
-        "triton": Backend(latent_triton.forward, latent_triton.why_not, latent_triton.is_faster),
     },
     "prefix_attention": {
         "reference": Backend(prefix_reference.forward, prefix_reference.why_not),
@@ -132,5 +130,5 @@ for _op, _schema in SCHEMAS.items():
 _define_fused(pair_cpu, "CPU")
 _define_opaque(pair_cpu.INFERENCE_SCHEMA, pair_cpu.inference_kernel, pair_cpu.inference_fake, "CPU")
 _define_fused(pair_cuda, "CUDA")
-for _module in (pair_triton, latent_triton, prefix_triton):
+for _module in (pair_triton, prefix_triton):
     _define_fused(_module, "CUDA")

@@ -51,6 +51,21 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
+def exp(x, EXACT: tl.constexpr):
+    """exp(x) for x <= 0. EXACT, for float32 inputs: to a rounding error or two.
+
+    The instruction is 2^y with y = x log2(e), whose rounding error grows with |x|; so x = n log(2) + r, log(2) in two
+    parts, and the instruction sees r alone.
+    """
+    if EXACT:
+        x = tl.where(x < -104.0, -104.0, x)  # exp(-104) is 0 in float32, and n stays finite; a NaN stays one
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        r = x - n * 0.693145751953125 - n * 1.42860682030941723212e-6
+        return tl.exp2(n) * tl.exp(r)
+    return tl.exp(x)
+
+
+@triton.jit
 def softmax_start(ROWS: tl.constexpr, BLOCK: tl.constexpr):
     m_i = tl.full([ROWS], float("-inf"), tl.float32)
     return m_i, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
@@ -63,12 +78,12 @@ def finite(m_i):
 
 
 @triton.jit
-def softmax_step(s, m_i, l_i):
+def softmax_step(s, m_i, l_i, EXACT: tl.constexpr):
     """Weights exp(s - m_i) of a tile of logits, the new (m_i, l_i), and what the previous sums are rescaled by."""
     m_new = tl.maximum(m_i, tl.max(s, 1))
     offset = finite(m_new)
-    p = tl.exp(s - offset[:, None])
-    rescale = tl.exp(m_i - offset)
+    p = exp(s - offset[:, None], EXACT)
+    rescale = exp(m_i - offset, EXACT)
     return p, m_new, l_i * rescale + tl.sum(p, 1), rescale
 
 
@@ -113,7 +128,7 @@ def load_softmax(p_softmax, rows, row0, total, n):
 
 @triton.jit
 def finish(
-    m1, l1, acc1, m2, l2, acc2, p_out, p_lse, p_softmax, p_saved_out, rows, row0, total, n, stride,
+    m1, l1, acc1, m2, l2, acc2, p_out, p_lse, p_softmax, rows, row0, total, n, stride,
     SETS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Normalises one softmax, or two whose outputs add up, and writes out, lse, and what backward needs.
@@ -135,15 +150,13 @@ def finish(
         if p_softmax is not None:
             save_softmax(p_softmax + 2 * total, rows, row0, total, n, m2, factor)
     store_rows(p_out, out, rows, stride, n, WIDTH, BLOCK)
-    if p_saved_out is not None:
-        store_rows(p_saved_out + row0 * WIDTH, out, rows, WIDTH, n, WIDTH, BLOCK)
     if p_lse is not None:
         tl.store(p_lse + row0 + rows, tl.where(empty, float("-inf"), lse), mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["B", "H", "F", "splits"])
 def merge(
-    p_partial, p_out, p_lse, p_softmax, p_saved_out, stride_out, B, H, F, splits,
+    p_partial, p_out, p_lse, p_softmax, stride_out, B, H, F, splits,
     SETS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program joins the partial results of a block of queries, always in the same order."""
@@ -159,6 +172,6 @@ def merge(
             m_i, l_i, acc = load_partial(p_partial, split * SETS + 1, rows, row0, total, F, WIDTH, BLOCK)
             m2, l2, acc2 = softmax_join(m2, l2, acc2, m_i, l_i, acc)
     finish(
-        m1, l1, acc1, m2, l2, acc2, at_head(p_out, stride_out, bh // H, bh % H), p_lse, p_softmax, p_saved_out,
-        rows, row0, total, F, stride_out[2], SETS, WIDTH, BLOCK,
+        m1, l1, acc1, m2, l2, acc2, at_head(p_out, stride_out, bh // H, bh % H), p_lse, p_softmax, rows,
+        row0, total, F, stride_out[2], SETS, WIDTH, BLOCK,
     )  # fmt: skip

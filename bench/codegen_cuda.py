@@ -1,27 +1,25 @@
-"""What nvcc makes of csrc/*.cu: registers, spills, shared memory and tensor-core instructions. Needs no GPU."""
+"""What nvcc made of csrc/*.cu, read from the installed library: registers, spills, shared memory, tensor-core
+instructions. Needs no GPU."""
 
 from __future__ import annotations
 
-import functools
-import os
 import re
 import shutil
 import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-CSRC = Path(__file__).parents[1] / "csrc"
-ARCHS = ("80", "90a", "100", "120")
+from avfkernels import _native
+
 MAX_WARPS = 8  # of a block, csrc/pair_attention.cuh
 KERNEL = re.compile(r"_Z\d+(pair_\w+)_kernelI4(Bf16|Fp16)((?:Li\d+E)+)E")
+USAGE = re.compile(r"Function (_Z\S+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def why_not() -> str | None:
     """What is missing here, or None."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on PATH"
+    if not _native.CUDA_PATH.exists():
+        return "the CUDA library is not built"
     return None if _cuobjdump() else "there is no cuobjdump on PATH and none in triton's package"
 
 
@@ -33,29 +31,14 @@ def _cuobjdump() -> str | None:
     return str(path) if path and path.exists() else None
 
 
-def _run(*command: str | Path) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stdout}")
-    return done.stdout
+def _dump(*options: str) -> str:
+    command = [_cuobjdump(), *options, str(_native.CUDA_PATH)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _compile(source: Path, arch: str, folder: Path) -> tuple[str, str]:
-    """ptxas' report and the machine code."""
-    built = folder / f"{source.stem}.{arch}.cubin"
-    report = _run(
-        "nvcc",
-        "-std=c++17",
-        "-O3",
-        "-gencode",
-        f"arch=compute_{ARCHS[0]},code=sm_{arch}",
-        "-Xptxas=-v",
-        "-cubin",
-        source,
-        "-o",
-        built,
-    )
-    return report, _run(_cuobjdump(), "-sass", built)
+def _label(symbol: str) -> str:
+    kernel, dtype, widths = KERNEL.match(symbol).groups()
+    return f"{kernel} {dtype.lower()} {'/'.join(re.findall('[0-9]+', widths))}"
 
 
 def _dynamic(kernel: str, dk: int, dv: int = 0) -> int:
@@ -72,29 +55,39 @@ def _dynamic(kernel: str, dk: int, dv: int = 0) -> int:
     return MAX_WARPS * 16 * widths[kernel] * 4
 
 
-@functools.cache
-def rows() -> list[dict]:
+def usage() -> list[dict]:
     """One row a kernel, dtype, widths and architecture; shared memory in bytes, that of the largest block."""
-    jobs = [(source, arch) for source in sorted(CSRC.glob("pair_*.cu"), reverse=True) for arch in ARCHS]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(lambda job: _compile(*job, Path(folder)), jobs))
-    table = []
-    for (_, arch), (report, sass) in zip(jobs, compiled, strict=True):
-        bodies = dict(function.split(maxsplit=1) for function in sass.split("Function : ")[1:])
-        for text in report.split("Compiling entry function ")[1:]:
-            name = text.split("'")[1]
-            kernel, dtype, widths = KERNEL.match(name).groups()
-            widths = re.findall(r"\d+", widths)
-            static = re.search(r"(\d+) bytes smem", text)
-            table.append(
+    rows = []
+    for section in _dump("-res-usage").split("Fatbin elf code:")[1:]:
+        arch = re.search(r"arch = (\S+)", section)[1]
+        for symbol, registers, stack, shared, local in USAGE.findall(section):
+            kernel, _, widths = _label(symbol).split()
+            rows.append(
                 {
-                    "kernel": f"{kernel} {dtype.lower()} {'/'.join(widths)}",
-                    "arch": f"sm_{arch}",
-                    "registers": int(re.search(r"Used (\d+) registers", text)[1]),
-                    "spills": int(re.search(r"(\d+) bytes spill stores", text)[1]),
-                    "shared memory": int(static[1] if static else 0) + _dynamic(kernel, *map(int, widths)),
-                    "mma instructions": len(re.findall(r"\bHMMA\.", bodies[name])),
-                    "transposes": len(re.findall(r"\bMOVM\.", bodies[name])),
+                    "kernel": _label(symbol),
+                    "arch": arch,
+                    "registers": int(registers),
+                    "spills": int(stack) + int(local),
+                    "shared memory": int(shared) + _dynamic(kernel, *map(int, widths.split("/"))),
                 }
             )
-    return sorted(table, key=lambda row: (row["kernel"], ARCHS.index(row["arch"].removeprefix("sm_"))))
+    return sorted(rows, key=lambda row: (row["kernel"], int(re.search(r"\d+", row["arch"])[0])))
+
+
+def instructions(arch: str) -> dict[str, dict]:
+    """Kernel -> how many instructions of tensor cores, and of transposes of their tiles, its machine code has."""
+    functions = (text.split(maxsplit=1) for text in _dump("-sass", "-arch", arch).split("Function : ")[1:])
+    return {
+        _label(symbol): {
+            "mma instructions": len(re.findall(r"\bHMMA\.", body)),
+            "transposes": len(re.findall(r"\bMOVM\.", body)),
+        }
+        for symbol, body in functions
+    }
+
+
+def rows() -> list[dict]:
+    """The rows of `usage` with the instructions of each."""
+    table = usage()
+    found = {arch: instructions(arch) for arch in {row["arch"] for row in table}}
+    return [row | found[row["arch"]][row["kernel"]] for row in table]

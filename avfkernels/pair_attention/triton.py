@@ -13,12 +13,12 @@ from avfkernels.pair_attention import eager
 SCHEMA = (
     "pair_attention_triton(Tensor q, Tensor k1, Tensor v1, Tensor k2, Tensor v2, float scale, str interaction, "
     "Tensor? mask1, Tensor? mask2, float dropout_p, Tensor? seed, bool return_lse, bool save) "
-    "-> (Tensor out, Tensor lse, Tensor saved_softmax, Tensor saved_out)"
+    "-> (Tensor out, Tensor lse, Tensor saved_softmax)"
 )
 BACKWARD_SCHEMA = (
     "pair_attention_triton_backward(Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k1, Tensor v1, Tensor k2, "
-    "Tensor v2, Tensor saved_softmax, Tensor saved_out, float scale, str interaction, Tensor? mask1, Tensor? mask2, "
-    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor v2, Tensor saved_softmax, float scale, str interaction, Tensor? mask1, Tensor? mask2, float dropout_p, "
+    "Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 WIDEST = 128  # dk and dv
 
@@ -45,17 +45,16 @@ def _separates(interaction: str, dropout_p: float) -> bool:
 
 
 def _outputs(q: Tensor, v1: Tensor, separate: bool, return_lse: bool, save: bool) -> tuple[Tensor, ...]:
-    (B, H, F, _), dv = q.shape, v1.shape[3]
+    B, H, F, _ = q.shape
     lse = q.new_empty((B, H, F) if return_lse else 0, dtype=torch.float32)
     saved_softmax = q.new_empty((2 if separate else 1, 2, B, H, F) if save else 0, dtype=torch.float32)
-    saved_out = q.new_empty((B, H, F, dv) if save and not separate else 0, dtype=torch.float32)
-    return like(q, dv), lse, saved_softmax, saved_out
+    return like(q, v1.shape[3]), lse, saved_softmax
 
 
 def kernel(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed, return_lse, save):
     separate = _separates(interaction, dropout_p)
     outputs = _outputs(q, v1, separate, return_lse, save)
-    out, lse, saved_softmax, saved_out = (t if t.numel() or t is outputs[0] else None for t in outputs)
+    out, lse, saved_softmax = (t if t.numel() or t is outputs[0] else None for t in outputs)
     if 0 in q.shape[:3]:
         return outputs
     if separate:
@@ -66,7 +65,7 @@ def kernel(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed,
         from avfkernels.pair_attention import triton_pairs
 
         options = (scale, interaction, mask1, mask2, dropout_p, seed)
-        triton_pairs.forward(q, k1, v1, k2, v2, *options, out, lse, saved_softmax, saved_out)
+        triton_pairs.forward(q, k1, v1, k2, v2, *options, out, lse, saved_softmax)
     return outputs
 
 
@@ -75,8 +74,7 @@ def fake(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed, r
 
 
 def backward_kernel(
-    grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, saved_out,
-    scale, interaction, mask1, mask2, dropout_p, seed,
+    grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, scale, interaction, mask1, mask2, dropout_p, seed,
 ):  # fmt: skip
     if _separates(interaction, dropout_p):
         from avfkernels.pair_attention import triton_sum
@@ -87,7 +85,7 @@ def backward_kernel(
     from avfkernels.pair_attention import triton_pairs
 
     options = (scale, interaction, mask1, mask2, dropout_p, seed)
-    return triton_pairs.backward(grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, saved_out, *options)
+    return triton_pairs.backward(grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, *options)
 
 
 def backward_fake(grad_out, grad_lse, q, k1, v1, k2, v2, *_):
@@ -96,8 +94,7 @@ def backward_fake(grad_out, grad_lse, q, k1, v1, k2, v2, *_):
 
 def setup_context(ctx, inputs, output):
     *tensors, ctx.scale, ctx.interaction, mask1, mask2, ctx.dropout_p, seed, _, _ = inputs
-    _, _, saved_softmax, saved_out = output
-    ctx.save_for_backward(*tensors, saved_softmax, saved_out, mask1, mask2, seed)
+    ctx.save_for_backward(*tensors, output[2], mask1, mask2, seed)
     ctx.set_materialize_grads(False)
 
 
@@ -109,5 +106,5 @@ def backward(ctx, grad_out, grad_lse, *_):
 
 
 def formula(ctx):
-    *tensors, _, _, mask1, mask2, seed = ctx.saved_tensors
+    *tensors, _, mask1, mask2, seed = ctx.saved_tensors
     return eager.formula(tensors, ctx.scale, ctx.interaction, mask1, mask2, ctx.dropout_p, seed)

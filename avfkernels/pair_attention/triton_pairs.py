@@ -4,15 +4,17 @@ A row of a tile is a token i of the first set with a query f: for products, atte
 second set is ordinary flash attention of N1 x F queries, and the outputs, times u_i, are joined over i. For sums the
 row's logits are q_f . b_j + q_f . a_i, and its output is sum_j p_ij w_j + (sum_j p_ij) u_i.
 
-Backward, with g = grad_out, dp_ij = (g * u_i) . w_j or g . (u_i + w_j), delta = g . out - grad_lse and
-ds_ij = p_ij (dp_ij - delta):
+Backward, with g = grad_out, dp_ij = (g * u_i) . w_j or g . (u_i + w_j), delta = sum p dp / sum p - grad_lse
+and ds_ij = p_ij (dp_ij - delta):
 
     products   db_j = sum_if ds_ij q_f * a_i  da_i = sum_f q_f * t_if   dq_f = sum_i a_i * t_if   t_if = sum_j ds_ij b_j
     sums       db_j = sum_if ds_ij q_f        da_i = sum_jf ds_ij q_f   dq_f = sum_i t_if + (sum_j ds_ij) a_i
 
 and w, u like b, a with p for ds and g for q. One kernel owns tiles of j, one blocks of i; the parts of dq, one for each
 block of i, are summed in a fixed order. A dropped pair's value has no gradient, and its weight gets one through the
-softmax alone.
+softmax alone. A first pass sums p and p dp. g . out would be the same delta, but its rounding errors do not cancel in
+ds where one pair has all the weight; and dividing by sum p makes the weights of backward, whose exponentials are not
+rounded as those of the online softmax are, sum to 1.
 """
 
 import torch
@@ -23,6 +25,7 @@ from avfkernels._tiles import (
     at_head,
     counted,
     dot,
+    exp,
     finish,
     finite,
     load_rows,
@@ -73,7 +76,7 @@ def row_logits(x, y, PRODUCT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "H", "F", "N1", "N2", "splits"])
 def forward_kernel(
-    p_q, p_k1, p_v1, p_k2, p_v2, p_mask1, p_mask2, p_seed, p_out, p_lse, p_softmax, p_saved_out, p_partial,
+    p_q, p_k1, p_v1, p_k2, p_v2, p_mask1, p_mask2, p_seed, p_out, p_lse, p_softmax, p_partial,
     stride_q, stride_k1, stride_v1, stride_k2, stride_v2, stride_out, B, H, F, N1, N2, splits, scale,
     threshold, keep_factor, PRODUCT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -110,7 +113,7 @@ def forward_kernel(
             v = load_rows(p_v2, j, stride_v2[2], N2, DV, BLOCK_DV)
             s = (dot(qa, tl.trans(k)) + common[:, None]) * scale
             s = tl.where(counted(p_mask2, j, N2)[None, :], s, float("-inf"))
-            p, m_i, l_i, rescale = softmax_step(s, m_i, l_i)
+            p, m_i, l_i, rescale = softmax_step(s, m_i, l_i, q.dtype == tl.float32)
             if p_seed is not None:
                 p = drop(p, p_seed, threshold, keep_factor, i, f, bh, j0, ROWS, BLOCK_J)
             if not PRODUCT:
@@ -124,7 +127,7 @@ def forward_kernel(
         # Join the rows of each query.
         m_i = tl.reshape(tl.where(counted(p_mask1, i, N1), m_i, float("-inf")), [BLOCK_I, BLOCK_F])
         m_tile = tl.max(m_i, 0)
-        rescale = tl.exp(m_i - finite(m_tile)[None, :])
+        rescale = exp(m_i - finite(m_tile)[None, :], q.dtype == tl.float32)
         l_tile = tl.sum(tl.reshape(l_i, [BLOCK_I, BLOCK_F]) * rescale, 0)
         acc_tile = tl.sum(tl.reshape(acc, [BLOCK_I, BLOCK_F, BLOCK_DV]) * rescale[:, :, None], 0)
         m_f, l_f, acc_f = softmax_join(m_f, l_f, acc_f, m_tile, l_tile, acc_tile)
@@ -135,7 +138,7 @@ def forward_kernel(
         save_partial(p_partial, split, rows, row0, total, F, m_f, l_f, acc_f, DV, BLOCK_DV)
     else:
         finish(
-            m_f, l_f, acc_f, m_f, l_f, acc_f, at_head(p_out, stride_out, b, h), p_lse, p_softmax, p_saved_out,
+            m_f, l_f, acc_f, m_f, l_f, acc_f, at_head(p_out, stride_out, b, h), p_lse, p_softmax,
             rows, row0, total, F, stride_out[2], 1, DV, BLOCK_DV,
         )  # fmt: skip
 
@@ -180,10 +183,8 @@ def backward_second_kernel(
             u = load_rows(p_v1, i, stride_v1[2], N1, DV, BLOCK_DV)
             qa, gu = row_factors(q, a, PRODUCT), row_factors(g, u, PRODUCT)
             s = (dot(qa, tl.trans(k)) + row_logits(q, a, PRODUCT)[:, None]) * scale
-            p = tl.where(
-                counted(p_mask1, i, N1)[:, None] & inside[None, :],
-                tl.exp(s - offset[:, None]) * factor[:, None], 0.0,
-            )  # fmt: skip
+            p = exp(s - offset[:, None], q.dtype == tl.float32) * factor[:, None]
+            p = tl.where(counted(p_mask1, i, N1)[:, None] & inside[None, :], p, 0.0)
             dp = dot(gu, tl.trans(v)) + row_logits(g, u, PRODUCT)[:, None]
             kept = p
             if p_seed is not None:
@@ -206,7 +207,7 @@ def backward_first_kernel(
 ):  # fmt: skip
     """Gradients of a block of the first set, and its part of grad_q: p_partial [blocks of i, B, H, F, DK].
 
-    Without delta it computes nothing but its part of delta, sum p dp: p_partial [blocks of i, B, H, F].
+    Without delta it computes nothing but its parts of sum p dp and sum p: p_partial [blocks of i, B, H, F, 2].
     """
     ROWS: tl.constexpr = BLOCK_I * BLOCK_F
     tiles = tl.cdiv(N1, BLOCK_I)
@@ -219,7 +220,7 @@ def backward_first_kernel(
     p_g, p_q = at_head(p_g, stride_g, b, h), at_head(p_q, stride_q, b, h)
     p_k2, p_v2 = at_head(p_k2, stride_k2, b, h), at_head(p_v2, stride_v2, b, h)
     row0, total = bh.to(tl.int64) * F, B.to(tl.int64) * H * F
-    WIDTH: tl.constexpr = 1 if p_delta is None else DK
+    WIDTH: tl.constexpr = 2 if p_delta is None else DK
     p_partial += (total * tile + row0) * WIDTH
     row = tl.arange(0, ROWS)
     p_k1, p_v1 = at_head(p_k1, stride_k1, b, h), at_head(p_v1, stride_v1, b, h)
@@ -248,10 +249,8 @@ def backward_first_kernel(
             k = load_rows(p_k2, j, stride_k2[2], N2, DK, BLOCK_DK)
             v = load_rows(p_v2, j, stride_v2[2], N2, DV, BLOCK_DV)
             s = (dot(qa, tl.trans(k)) + common[:, None]) * scale
-            p = tl.where(
-                inside[:, None] & counted(p_mask2, j, N2)[None, :],
-                tl.exp(s - offset[:, None]) * factor[:, None], 0.0,
-            )  # fmt: skip
+            p = exp(s - offset[:, None], q.dtype == tl.float32) * factor[:, None]
+            p = tl.where(inside[:, None] & counted(p_mask2, j, N2)[None, :], p, 0.0)
             dp = dot(gu, tl.trans(v)) + common_dp[:, None]
             kept = p
             if p_seed is not None:
@@ -261,6 +260,7 @@ def backward_first_kernel(
             ds = p * (dp - delta[:, None])
             if p_delta is None:
                 sum_ds += tl.sum(ds, 1)
+                sum_p += tl.sum(p, 1)
             else:
                 t = dot(ds.to(k.dtype), k, t)
                 if PRODUCT:
@@ -270,7 +270,8 @@ def backward_first_kernel(
                     sum_p += tl.sum(kept, 1)
         rows = f0 + tl.arange(0, BLOCK_F)
         if p_delta is None:
-            tl.store(p_partial + rows, tl.sum(tl.reshape(sum_ds, [BLOCK_I, BLOCK_F]), 0), mask=rows < F)
+            tl.store(p_partial + 2 * rows, tl.sum(tl.reshape(sum_ds, [BLOCK_I, BLOCK_F]), 0), mask=rows < F)
+            tl.store(p_partial + 2 * rows + 1, tl.sum(tl.reshape(sum_p, [BLOCK_I, BLOCK_F]), 0), mask=rows < F)
         else:
             # Read again rather than kept in registers; the eviction policy keeps the compiler from undoing that.
             q = load_rows(p_q, f, stride_q[2], F, DK, BLOCK_DK, "evict_last")
@@ -316,8 +317,8 @@ def _dropout(dropout_p: float, seed, device) -> tuple:
     return seed.to(device), threshold(dropout_p), keep_factor(dropout_p)
 
 
-def forward(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed, out, lse, saved_softmax, saved_out):
-    """Fills out, and lse, saved_softmax and saved_out unless None."""
+def forward(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed, out, lse, saved_softmax):
+    """Fills out, and lse and saved_softmax unless None."""
     (B, H, F, _), N1, N2, dv = q.shape, k1.shape[2], k2.shape[2], v1.shape[3]
     blocks = _blocks(q, dv, False, dropout_p > 0.0)
     programs = B * H * cdiv(F, BLOCK_F)
@@ -326,20 +327,18 @@ def forward(q, k1, v1, k2, v2, scale, interaction, mask1, mask2, dropout_p, seed
     seed, least, factor = _dropout(dropout_p, seed, q.device)
     with torch.cuda.device_of(q):
         forward_kernel[(programs * splits,)](
-            q, k1, v1, k2, v2, bytes_of(mask1), bytes_of(mask2), seed, out, lse, saved_softmax, saved_out, partial,
+            q, k1, v1, k2, v2, bytes_of(mask1), bytes_of(mask2), seed, out, lse, saved_softmax, partial,
             *(t.stride()[:3] for t in (q, k1, v1, k2, v2, out)), B, H, F, N1, N2, splits, scale, least, factor,
             PRODUCT=interaction == "product", **blocks,
         )  # fmt: skip
         if partial is not None:
             merge[(programs,)](
-                partial, out, lse, saved_softmax, saved_out, out.stride()[:3], B, H, F, splits,
+                partial, out, lse, saved_softmax, out.stride()[:3], B, H, F, splits,
                 SETS=1, WIDTH=dv, BLOCK_F=BLOCK_F, BLOCK=padded(dv), num_warps=4,
             )  # fmt: skip
 
 
-def backward(
-    grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, saved_out, scale, interaction, mask1, mask2, dropout_p, seed
-):
+def backward(grad_out, grad_lse, q, k1, v1, k2, v2, saved_softmax, scale, interaction, mask1, mask2, dropout_p, seed):
     """Gradients of q, k1, v1, k2, v2."""
     (B, H, F, dk), N1, N2, dv = q.shape, k1.shape[2], k2.shape[2], v1.shape[3]
     tensors = (q, k1, v1, k2, v2)
@@ -348,31 +347,30 @@ def backward(
     grads = tuple(like(t) for t in tensors)
     blocks = _blocks(q, dv, True, dropout_p > 0.0)
     g = upstream(grad_out, (B, H, F, dv), q)
-    seed, least, factor = _dropout(dropout_p, seed, q.device)
+    seed, least, keep = _dropout(dropout_p, seed, q.device)
     tiles1, tiles2 = cdiv(N1, blocks["BLOCK_I"]), cdiv(N2, blocks["BLOCK_J"])
     partial = q.new_empty(tiles1, B, H, F, dk, dtype=torch.float32)
-    inputs = (g, *tensors, bytes_of(mask1), bytes_of(mask2), seed, saved_softmax)
+    inputs = (g, *tensors, bytes_of(mask1), bytes_of(mask2), seed)
     strides = [t.stride()[:3] for t in (g, *tensors)]
-    sizes = (B, H, F, N1, N2, scale, least, factor)
+    sizes = (B, H, F, N1, N2, scale, least, keep)
     product = interaction == "product"
     first_strides = (*strides, *(t.stride()[:3] for t in grads[1:3]))
     with torch.cuda.device_of(q):
-        if q.dtype == torch.float32:
-            # grad_out . out is the same number, but its rounding errors are not those of p and dp (triton_sum.py).
-            parts = q.new_empty(tiles1, B, H, F)
-            backward_first_kernel[(B * H * tiles1,)](
-                *inputs, None, None, None, parts, *first_strides, *sizes, PRODUCT=product, **blocks
-            )
-            delta = parts.sum(0)
-        else:
-            delta = (g * saved_out).sum(-1)
+        parts = q.new_empty(tiles1, B, H, F, 2, dtype=torch.float32)
+        backward_first_kernel[(B * H * tiles1,)](
+            *inputs, saved_softmax, None, None, None, parts, *first_strides, *sizes, PRODUCT=product, **blocks
+        )
+        sum_p_dp, sum_p = parts.sum(0).unbind(-1)
+        factor = torch.where(sum_p == 0, 0.0, 1 / sum_p)  # without a pair: 0
+        delta = sum_p_dp * factor
+        saved_softmax = torch.stack((saved_softmax[0, 0], saved_softmax[0, 1] * factor))
         if grad_lse is not None:
             delta -= grad_lse
         backward_first_kernel[(B * H * tiles1,)](
-            *inputs, delta, *grads[1:3], partial, *first_strides, *sizes, PRODUCT=product, **blocks
+            *inputs, saved_softmax, delta, *grads[1:3], partial, *first_strides, *sizes, PRODUCT=product, **blocks
         )
         backward_second_kernel[(B * H * tiles2,)](
-            *inputs, delta, *grads[3:], *strides, *(t.stride()[:3] for t in grads[3:]), *sizes,
+            *inputs, saved_softmax, delta, *grads[3:], *strides, *(t.stride()[:3] for t in grads[3:]), *sizes,
             PRODUCT=product, **blocks,
         )  # fmt: skip
     grads[0].copy_(partial.sum(0))

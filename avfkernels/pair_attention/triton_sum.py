@@ -15,6 +15,7 @@ from avfkernels._tiles import (
     at_head,
     counted,
     dot,
+    exp,
     finish,
     load_rows,
     load_softmax,
@@ -42,7 +43,7 @@ def attend(
         v = load_rows(p_v, tokens, stride_v, end, DV, BLOCK_DV)
         s = dot(q, tl.trans(k)) * scale
         s = tl.where(counted(p_mask, tokens, end)[None, :], s, float("-inf"))
-        p, m_i, l_i, rescale = softmax_step(s, m_i, l_i)
+        p, m_i, l_i, rescale = softmax_step(s, m_i, l_i, q.dtype == tl.float32)
         acc = dot(p.to(v.dtype), v, acc * rescale[:, None])
     return m_i, l_i, acc
 
@@ -92,7 +93,7 @@ def forward_kernel(
             save_partial(p_partial, split * SETS + 1, rows, row0, total, F, m2, l2, acc2, DV, BLOCK_DV)
     else:
         finish(
-            m1, l1, acc1, m2, l2, acc2, at_head(p_out, stride_out, b, h), p_lse, p_softmax, None,
+            m1, l1, acc1, m2, l2, acc2, at_head(p_out, stride_out, b, h), p_lse, p_softmax,
             rows, row0, total, F, stride_out[2], SETS, DV, BLOCK_DV,
         )  # fmt: skip
 
@@ -107,7 +108,7 @@ def weights(
     v = load_rows(p_v, tokens, stride_v, n, DV, BLOCK_DV)
     s = dot(q, tl.trans(k)) * scale
     s = tl.where(counted(p_mask, tokens, n)[None, :], s, float("-inf"))
-    return tl.exp(s - offset[:, None]) * factor[:, None], dot(g, tl.trans(v)), k
+    return exp(s - offset[:, None], q.dtype == tl.float32) * factor[:, None], dot(g, tl.trans(v)), k
 
 
 @triton.jit
@@ -235,7 +236,8 @@ def grads_of_tokens(
         offset, factor = load_softmax(p_softmax, rows, row0, total, F)
         delta = tl.load(p_delta + row0 + rows, mask=rows < F, other=0.0)
         s = dot(q, tl.trans(k)) * scale
-        p = tl.where(inside[None, :], tl.exp(s - offset[:, None]) * factor[:, None], 0.0)
+        p = exp(s - offset[:, None], q.dtype == tl.float32) * factor[:, None]
+        p = tl.where(inside[None, :], p, 0.0)
         ds = p * (dot(g, tl.trans(v)) - delta[:, None])
         grad_k = dot(tl.trans(ds.to(q.dtype)), q, grad_k)
         grad_v = dot(tl.trans(p.to(g.dtype)), g, grad_v)
@@ -314,7 +316,7 @@ def forward(q, k1, v1, k2, v2, scale, mask1, mask2, out, lse, saved_softmax, joi
         )  # fmt: skip
         if partial is not None:
             merge[(B * H * cdiv(F, 16),)](
-                partial, out, lse, saved_softmax, None, out.stride()[:3], B, H, F, splits,
+                partial, out, lse, saved_softmax, out.stride()[:3], B, H, F, splits,
                 SETS=sets, WIDTH=dv, BLOCK_F=16, BLOCK=padded(dv), num_warps=4,
             )  # fmt: skip
 
