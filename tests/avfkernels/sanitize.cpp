@@ -30,9 +30,10 @@ struct Buffers {
 };
 
 int main() {
+    // Odd numbers of tokens, tiles that end in the middle, several blocks of queries, empty sides, more tokens than a tile.
     const int64_t shapes[][7] = {{2, 2, 16, 19, 49, 16, 16}, {1, 3, 5, 3, 7, 9, 23},   {1, 1, 1, 1, 1, 1, 1},
-                                 {2, 1, 33, 65, 130, 16, 64}, {1, 2, 17, 129, 8, 33, 5}, {1, 1, 16, 0, 9, 16, 16},
-                                 {1, 1, 16, 257, 140, 16, 16}};
+                                 {1, 1, 33, 17, 70, 16, 64}, {1, 2, 17, 33, 8, 33, 5}, {1, 1, 16, 0, 9, 16, 16},
+                                 {1, 1, 16, 257, 20, 16, 16}, {1, 1, 5, 9, 140, 16, 16}};
     int runs = 0;
     for (auto& s : shapes)
         for (int32_t dtype : {AVF_F32, AVF_BF16})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import assert_accurate, pair_inputs
+from oracle import assert_accurate, pair_inputs, plain_pair_attention
 from torch.library import opcheck
 
 import avfkernels
@@ -17,6 +17,8 @@ from bench import codegen_cuda
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+# The emulation takes a quarter of a minute to compile: one process does it.
+pytestmark = pytest.mark.xdist_group("cuda_build")
 NAMES = ("q", "k1", "v1", "k2", "v2")
 DTYPES = (torch.bfloat16, torch.float16)
 INTERACTIONS = ("sum", "product")
@@ -95,24 +97,6 @@ def exact(tensors, **options):
         return pair_attention(*doubles, scale=0.25, return_lse=True, **options), doubles
 
 
-def plain(tensors, interaction="sum", mask1=None, mask2=None):
-    """The formula as one would type it, in the dtype of the inputs."""
-    q, *keys_and_values = tensors
-    sides = [(*keys_and_values[:2], mask1), (*keys_and_values[2:], mask2)]
-    if interaction == "product":
-        (k1, v1, _), (k2, v2, _) = sides
-        k, v = ((a.unsqueeze(3) * b.unsqueeze(2)).flatten(2, 3) for a, b in ((k1, k2), (v1, v2)))
-        both = None if mask1 is None else (mask1.unsqueeze(2) & mask2.unsqueeze(1)).flatten(1)
-        sides = [(k, v, both)]
-    out, lse = 0.0, 0.0
-    for k, v, mask in sides:
-        logits = q @ k.transpose(-2, -1) * 0.25
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
-        out, lse = out + logits.softmax(-1) @ v, lse + logits.logsumexp(-1)
-    return out, lse.float()
-
-
 def masks_for(B, N1, N2):
     g = torch.Generator().manual_seed(3)
     masks = [torch.rand(B, n, generator=g) > 0.4 for n in (N1, N2)]
@@ -121,35 +105,33 @@ def masks_for(B, N1, N2):
     return dict(zip(("mask1", "mask2"), masks, strict=True))
 
 
-# B, H, F, N1, N2, dk, dv: one query and many, one token and many, odd numbers, every width
-SHAPES = [
-    (2, 2, 16, 19, 49, 16, 16),
-    (1, 2, 1, 1, 1, 16, 16),
-    (1, 1, 5, 8, 8, 16, 64),
-    (2, 1, 21, 33, 130, 16, 64),
-    (1, 2, 16, 130, 7, 32, 64),
-    (1, 1, 33, 65, 40, 64, 32),
-    (1, 1, 3, 290, 70, 16, 16),  # more than a warp takes at once
+# B, H, F, N1, N2, dk, dv: one query and many, one token and many, odd numbers, every width, more tokens than the warps
+# of a block take at once (for products: more of the first set than there are warps, and of the second than a step).
+SMALL = [(2, 2, 16, 19, 49, 16, 16), (2, 8, 3, 1, 1, 16, 16), (1, 1, 5, 8, 8, 16, 64)]
+WIDTHS = [(1, 1, 17, 9, 35, dk, dv) for dk in cuda.WIDTHS for dv in cuda.WIDTHS]
+SHAPES = {
+    "sum": [*SMALL, (2, 1, 21, 33, 130, 16, 64), (1, 2, 16, 130, 7, 32, 64), (1, 1, 33, 65, 40, 64, 32),
+            (1, 1, 3, 290, 70, 16, 16), *WIDTHS],
+    "product": [*SMALL, (1, 1, 21, 9, 70, 16, 64), (1, 2, 16, 37, 7, 32, 64), (1, 1, 33, 9, 40, 64, 32), *WIDTHS],
+}  # fmt: skip
+# Each shape with both dtypes and both with and without masks; the four combinations by turns.
+CASES = [
+    (interaction, shape, dtype, (index + turn) % 2 == 1)
+    for interaction, shapes in SHAPES.items()
+    for index, shape in enumerate(shapes)
+    for turn, dtype in enumerate(DTYPES)
 ]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("interaction", INTERACTIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("interaction", "shape", "dtype", "masked"), CASES, ids=str)
 def test_error_is_that_of_the_plain_formula(emulated, shape, interaction, dtype, masked):
     B, H, F, N1, N2, _, dv = shape
     tensors = pair_inputs(*shape, dtype=dtype, logit=2.0, grad=True)
     options = {"interaction": interaction} | (masks_for(B, N1, N2) if masked else {})
-    (out, lse), (plain_out, plain_lse) = run(tensors, **options), plain(tensors, **options)
-    (exact_out, exact_lse), doubles = exact(tensors, **options)
+    (out, lse), (exact_out, exact_lse), doubles = run(tensors, **options), *exact(tensors, **options)
+    plain_out, plain_lse = plain_pair_attention(*tensors, scale=0.25, **options)
     assert_accurate(out, exact_out, plain_out, "out")
-    if interaction == "product":  # q * a_i is rounded to the dtype
-        q, k1, _, k2, _ = (t.double().abs() for t in tensors)
-        largest = (q @ (k1.unsqueeze(3) * k2.unsqueeze(2)).flatten(2, 3).transpose(-2, -1) * 0.25).max().item()
-        assert (lse - exact_lse).abs().max().item() <= 0.5 * torch.finfo(dtype).eps * largest + 1e-5
-    else:
-        assert_accurate(lse, exact_lse, plain_lse, "lse")
+    assert_accurate(lse, exact_lse, plain_lse, "lse")
     g = torch.Generator().manual_seed(1)
     upstream = [torch.randn(B, H, F, dv, generator=g).to(dtype), torch.randn(B, H, F, generator=g)]
     exact_grads = torch.autograd.grad([exact_out, exact_lse], doubles, [t.double() for t in upstream])
@@ -157,18 +139,6 @@ def test_error_is_that_of_the_plain_formula(emulated, shape, interaction, dtype,
     grads = torch.autograd.grad([out, lse], tensors, upstream)
     for name, *triple in zip(NAMES, grads, exact_grads, plain_grads, strict=True):
         assert_accurate(*triple, f"gradient of {name}")
-
-
-@pytest.mark.parametrize("interaction", INTERACTIONS)
-@pytest.mark.parametrize("dk", cuda.WIDTHS)
-@pytest.mark.parametrize("dv", cuda.WIDTHS)
-def test_every_width_equals_the_pairs(emulated, interaction, dk, dv):
-    tensors = pair_inputs(1, 1, 17, 9, 35, dk, dv, torch.float16, grad=True)
-    (out, lse), ((exact_out, exact_lse), doubles) = run(tensors, interaction), exact(tensors, interaction=interaction)
-    grads = torch.autograd.grad(out.sum() + lse.sum(), tensors)
-    exact_grads = torch.autograd.grad(exact_out.sum() + exact_lse.sum(), doubles)
-    for got, expected in zip((out, lse, *grads), (exact_out, exact_lse, *exact_grads), strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=4e-3, atol=4e-3 if interaction == "sum" else 8e-3)
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -192,7 +162,9 @@ def test_extreme_logits(emulated, interaction, logit):
     """Where rounding a logit moves whole weights, the largest error is one of chance: the mean one is compared."""
     tensors = pair_inputs(1, 2, 17, 33, 65, 16, 16, torch.bfloat16, logit)
     (exact_out, _), _ = exact(tensors, interaction=interaction)
-    results = (run(tensors, interaction)[0], plain(tensors, interaction)[0])
+    results = (
+        run(tensors, interaction)[0], plain_pair_attention(*tensors, scale=0.25, interaction=interaction)[0]
+    )  # fmt: skip
     error, allowed = ((out.double() - exact_out).abs().mean().item() for out in results)
     assert error <= 1.5 * allowed + torch.finfo(torch.bfloat16).eps * exact_out.abs().mean().item()
 
@@ -207,9 +179,9 @@ def test_non_finite_input_does_not_vanish(emulated, interaction, index):
 
 def packed_views(dtype):
     """q, k1, v1, k2, v2 as slices of projections [B, N, 3, H, d]; what is not theirs is NaN."""
-    packed = [torch.full((2, n, 3, 4, 16), float("nan"), dtype=dtype) for n in (21, 37, 50)]
+    packed = [torch.full((2, n, 3, 4, 16), float("nan"), dtype=dtype) for n in (21, 17, 35)]
     views = [packed[i][:, :, part].transpose(1, 2)[:, 1:3] for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))]
-    for view, values in zip(views, pair_inputs(2, 2, 21, 37, 50, dtype=dtype), strict=True):
+    for view, values in zip(views, pair_inputs(2, 2, 21, 17, 35, dtype=dtype), strict=True):
         view.copy_(values)
     return views
 
@@ -250,7 +222,8 @@ def test_every_element_is_written_and_none_beside_them(emulated, monkeypatch, in
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 def test_another_order_of_the_threads_gives_the_same_bits(emulated, monkeypatch, interaction):
     """A missing barrier would show: the threads of a block run backwards."""
-    tensors = pair_inputs(1, 2, 21, 70, 130, 16, 16, torch.bfloat16, grad=True)
+    N1, N2 = (290, 70) if interaction == "sum" else (19, 70)
+    tensors = pair_inputs(1, 1, 21, N1, N2, 16, 16, torch.bfloat16, grad=True)
     results = []
     for order in ("forwards", "backwards"):
         monkeypatch.setenv("AVF_EMULATION_ORDER", order)
@@ -261,7 +234,7 @@ def test_another_order_of_the_threads_gives_the_same_bits(emulated, monkeypatch,
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 def test_a_batch_entry_does_not_depend_on_the_batch(emulated, interaction):
-    tensors = pair_inputs(3, 2, 16, 40, 70, dtype=torch.float16, grad=True)
+    tensors = pair_inputs(3, 1, 16, 17, 70, dtype=torch.float16, grad=True)
     results = []
     for part in (tensors, [t[1:2] for t in tensors]):
         out, lse = run(part, interaction)
@@ -273,11 +246,17 @@ def test_a_batch_entry_does_not_depend_on_the_batch(emulated, interaction):
 def test_gradients_of_lse_alone(emulated, interaction):
     tensors = pair_inputs(dtype=torch.float16, grad=True)
     grads = torch.autograd.grad(run(tensors, interaction)[1].sin().sum(), tensors)
-    (_, lse), doubles = exact(tensors, interaction=interaction)
-    expected = torch.autograd.grad(lse.sin().sum(), doubles, allow_unused=True)
-    for grad, other in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad.double(), torch.zeros_like(grad).double() if other is None else other,
-                                   rtol=2e-3, atol=2e-3)  # fmt: skip
+    (_, exact_lse), doubles = exact(tensors, interaction=interaction)
+    plain_lse = plain_pair_attention(*tensors, scale=0.25, interaction=interaction)[1]
+    of_keys = [0, 1, 3]
+    expected, plain = (
+        torch.autograd.grad(lse.sin().sum(), [inputs[i] for i in of_keys])
+        for lse, inputs in ((exact_lse, doubles), (plain_lse, tensors))
+    )
+    for i, *triple in zip(of_keys, [grads[i] for i in of_keys], expected, plain, strict=True):
+        assert_accurate(*triple, NAMES[i])
+    assert not grads[2].any()
+    assert not grads[4].any()
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -359,25 +338,27 @@ def test_a_library_of_another_abi_is_refused(library, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def code():
+def usage():
+    """Of the library that the install built."""
     if reason := codegen_cuda.why_not():
         pytest.skip(reason)
-    return codegen_cuda.rows()
+    return codegen_cuda.usage()
 
 
-def test_every_kernel_compiles_for_every_architecture_without_spills(code):
-    kernels = {row["kernel"] for row in code}
+def test_every_kernel_is_there_for_every_architecture_without_spills(usage):
+    kernels, archs = {row["kernel"] for row in usage}, {row["arch"] for row in usage}
     assert len(kernels) == 2 * (6 * 9 + 3)  # dtypes, kernels, widths; the merge of products has one width
-    assert {(row["kernel"], row["arch"]) for row in code} == {
-        (k, f"sm_{a}") for k in kernels for a in codegen_cuda.ARCHS
-    }
-    assert [row for row in code if row["spills"] or row["registers"] > 255] == []
-    assert max(row["shared memory"] for row in code) <= 48 * 1024  # what every GPU gives without being asked
+    assert len(usage) == len(kernels) * len(archs)
+    assert [row for row in usage if row["spills"] or row["registers"] > 255] == []
+    assert max(row["shared memory"] for row in usage) <= 48 * 1024  # what every GPU gives without being asked
 
 
-def test_every_kernel_is_made_of_tensor_core_instructions(code):
-    for row in code:
-        kernel, _, widths = row["kernel"].split()
+def test_every_kernel_is_made_of_tensor_core_instructions(usage):
+    """On the oldest architecture; `python -m bench.codegen` counts them on all."""
+    found = codegen_cuda.instructions(usage[0]["arch"])
+    assert found.keys() == {row["kernel"] for row in usage}
+    for name, counts in found.items():
+        kernel, _, widths = name.split()
         if kernel == "pair_product_merge":
             continue  # it adds
         dk, dv = map(int, widths.split("/"))
@@ -385,5 +366,5 @@ def test_every_kernel_is_made_of_tensor_core_instructions(code):
             fewest = 4 * dk // 16 + 2 * dv // 8
         else:  # p and dp of 2 tiles of 8 queries, and gradients of as many columns
             fewest = 2 * (dk + dv) // 16 + (0 if kernel == "pair_product_delta" else (dk + dv) // 8)
-        assert row["mma instructions"] >= fewest, row
-        assert row["transposes"] > 0 or kernel == "pair_product_delta", row
+        assert counts["mma instructions"] >= fewest, name
+        assert counts["transposes"] > 0 or kernel == "pair_product_delta", name

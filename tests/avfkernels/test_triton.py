@@ -11,12 +11,11 @@ import sys
 
 import pytest
 import torch
-from oracle import pair_inputs, plain_pair, plain_product
+from oracle import pair_inputs, plain_pair_attention
 
 import avfkernels
-from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels import pair_attention, prefix_attention
 from avfkernels._ops import BACKENDS
-from avfkernels.latent_attention import triton as latent_triton
 from avfkernels.pair_attention import triton as pair_triton
 from avfkernels.pair_attention.dropout import pair_dropout
 from avfkernels.prefix_attention import triton as prefix_triton
@@ -24,7 +23,7 @@ from avfkernels.prefix_attention import triton as prefix_triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-MODULES = {pair_attention: pair_triton, latent_attention: latent_triton, prefix_attention: prefix_triton}
+MODULES = {pair_attention: pair_triton, prefix_attention: prefix_triton}
 
 
 def runs_kernels(test):
@@ -55,20 +54,15 @@ def inputs_of(op, shape, dtype):
     if op is pair_attention:
         return [t.to(DEVICE) for t in pair_inputs(*shape, dtype=dtype, logit=2.0)]
     generator = torch.Generator().manual_seed(0)
-    if op is latent_attention:
-        B, M, N, D = shape
-        shapes = [(B, M, D), (B, N, D)]
-    else:
-        B, H, N, K, P, d, dv = shape
-        shapes = [(B, H, N, d), (B, H, K, d), (B, H, K, dv), (B, H, P, d), (B, H, P, dv)]
+    B, H, N, K, P, d, dv = shape
+    shapes = [(B, H, N, d), (B, H, K, d), (B, H, K, dv), (B, H, P, d), (B, H, P, dv)]
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for s in shapes]
 
 
 def triton_call(op, tensors, options):
     """(out, lse) by the Triton backend, with its autograd formula, whatever the device."""
     defaults = {"interaction": "sum", "mask1": None, "mask2": None, "dropout_p": 0.0, "seed": None}
-    defaults = defaults if op is pair_attention else {"mask": None} if op is latent_attention else {}
-    return MODULES[op].forward(*tensors, **defaults | options, return_lse=True)
+    return MODULES[op].forward(*tensors, **(defaults if op is pair_attention else {}) | options, return_lse=True)
 
 
 def gradients(call, tensors, upstream):
@@ -83,9 +77,10 @@ def gradients(call, tensors, upstream):
 def compare(op, shape, dtype, tensors=None, **options):
     """The largest errors of out, lse and every gradient against the reference in float64, relative to the largest."""
     tensors = inputs_of(op, shape, dtype) if tensors is None else tensors
-    dv = tensors[2].shape[-1] if len(tensors) > 2 else shape[-1]
     generator = torch.Generator().manual_seed(7)
-    upstream = torch.randn(*tensors[0].shape[:-1], dv, dtype=torch.float64, generator=generator).to(DEVICE)
+    upstream = torch.randn(*tensors[0].shape[:-1], tensors[2].shape[-1], dtype=torch.float64, generator=generator).to(
+        DEVICE
+    )
     upstream = upstream.to(dtype).double()
     got = gradients(lambda *t: triton_call(op, t, options), tensors, upstream)
     with avfkernels.backend("reference"):
@@ -115,12 +110,14 @@ def masks(B, N1, N2):
 
 # B, H, F, N1, N2, dk, dv
 PAIRS = [(2, 1, 16, 5, 70, 16, 16), (1, 2, 5, 9, 17, 16, 64), (2, 1, 19, 3, 33, 20, 33), (1, 1, 1, 1, 1, 1, 1)]
+# Interpreted, float16 once: rounding does not depend on the shape.
+PAIR_CASES = [(shape, dtype) for shape in PAIRS for dtype in DTYPES if shape == PAIRS[0] or dtype == DTYPES[0]]
+PAIR_CASES = PAIR_CASES if INTERPRETED else [(shape, dtype) for shape in PAIRS for dtype in DTYPES]
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("interaction", "dropout_p"), [("sum", 0.0), ("product", 0.0), ("sum", 0.3), ("product", 0.3)])
-@pytest.mark.parametrize("shape", PAIRS)
+@pytest.mark.parametrize(("shape", "dtype"), PAIR_CASES)
 def test_pairs(shape, interaction, dropout_p, dtype):
     options = {"scale": 0.25, "interaction": interaction, "dropout_p": dropout_p}
     options["seed"] = torch.tensor(2**40 + 5, device=DEVICE) if dropout_p else None
@@ -128,6 +125,17 @@ def test_pairs(shape, interaction, dropout_p, dtype):
         options |= masks(shape[0], shape[3], shape[4])
     errors = compare(pair_attention, shape, dtype, **options)
     assert max(errors) < bound(dtype), errors
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+def test_bug_a_single_pair_has_weight_one_and_logits_without_gradient(interaction, dtype):
+    """delta came from another rounding of the same number, so that the gradients of q and k were rounding errors."""
+    tensors = [t.requires_grad_() for t in inputs_of(pair_attention, (2, 2, 5, 1, 1, 16, 16), dtype)]
+    out, _ = triton_call(pair_attention, tensors, {"scale": 0.25, "interaction": interaction})
+    grad_q, grad_k1, _, grad_k2, _ = torch.autograd.grad(out.float().sin().sum(), tensors)
+    assert not any(bool(grad.any()) for grad in (grad_q, grad_k1, grad_k2))
 
 
 @runs_kernels
@@ -166,19 +174,6 @@ def test_many_queries_and_long_sets_that_are_split():
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-# B, M, N, D
-@pytest.mark.parametrize("shape", [(2, 19, 37, 40), (1, 3, 33, 192), (1, 2, 5, 768), (1, 3, 2, 7), (1, 3, 0, 16)])
-def test_latent(shape, dtype):
-    errors = compare(latent_attention, shape, dtype, scale=shape[-1] ** -0.5)
-    assert max(errors) < bound(dtype), errors
-    if shape[2]:
-        mask = masks(shape[0], shape[2], 1)["mask1"] | (torch.arange(shape[0], device=DEVICE) > 0)[:, None]
-        errors = compare(latent_attention, shape, dtype, scale=shape[-1] ** -0.5, mask=mask)
-        assert max(errors) < bound(dtype), errors
-
-
-@runs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
 # B, H, N, K, P, d, dv
 @pytest.mark.parametrize(
     "shape",
@@ -195,18 +190,18 @@ def test_prefix(shape, dtype):
 @pytest.mark.parametrize("interaction", ["sum", "product"])
 def test_error_is_that_of_the_plain_formula(interaction, dtype):
     """Root mean square errors over several draws: the interpreter wants tiny shapes, where one maximum is noise."""
-    plain_formula = plain_pair if interaction == "sum" else plain_product
     options = {"scale": 0.25, "interaction": interaction}
     squares = torch.zeros(2, 6, dtype=torch.float64)  # of kernel and formula; out and five gradients
-    for seed in range(5):
-        tensors = [t.to(DEVICE) for t in pair_inputs(2, 2, 16, 24, 49, 16, 16, dtype, logit=2.0, seed=seed)]
-        upstream = torch.randn(2, 2, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    B, N1, N2 = (2, 24, 49) if interaction == "sum" else (1, 9, 40)
+    for seed in range(4):
+        tensors = [t.to(DEVICE) for t in pair_inputs(B, 2, 16, N1, N2, 16, 16, dtype, logit=2.0, seed=seed)]
+        upstream = torch.randn(B, 2, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         upstream = upstream.to(DEVICE, dtype)
         results = []
         for call, inputs in (
-            (lambda *t: plain_formula(*t, 0.25), [t.double() for t in tensors]),
+            (lambda *t: plain_pair_attention(*t, **options)[0], [t.double() for t in tensors]),
             (lambda *t: triton_call(pair_attention, t, options)[0], tensors),
-            (lambda *t: plain_formula(*t, 0.25), tensors),
+            (lambda *t: plain_pair_attention(*t, **options)[0], tensors),
         ):
             inputs = [t.detach().requires_grad_() for t in inputs]
             out = call(*inputs)
@@ -221,7 +216,7 @@ def test_error_is_that_of_the_plain_formula(interaction, dtype):
 @runs_kernels
 @pytest.mark.parametrize("interaction", ["sum", "product"])
 def test_slices_of_a_packed_projection_and_an_expanded_gradient(interaction):
-    packed = [torch.randn(2, n, 3, 2, 16, device=DEVICE) for n in (6, 11, 17)]
+    packed = [torch.randn(2, n, 3, 2, 16, device=DEVICE) for n in (6, 5, 17)]
     views = [packed[i][:, :, part].transpose(1, 2) for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))]
     results = []
     for tensors in (views, [view.contiguous() for view in views]):
@@ -267,11 +262,10 @@ def test_opcheck():
     schema_only = ("test_schema", "test_autograd_registration", "test_faketensor")
     for op, shape in (
         (pair_attention, (1, 1, 3, 4, 5, 16, 16)),
-        (latent_attention, (1, 3, 5, 16)),
         (prefix_attention, (1, 1, 3, 4, 2, 16, 16)),
     ):
         tensors = [t.requires_grad_() for t in inputs_of(op, shape, torch.float32)]
-        rest = {pair_attention: (0.5, "sum", None, None, 0.0, None), latent_attention: (0.5, None)}.get(op, (0.5,))
+        rest = (0.5, "sum", None, None, 0.0, None) if op is pair_attention else (0.5,)
         name = MODULES[op].SCHEMA.split("(")[0]
         registered = getattr(torch.ops.avfkernels, name).default
         torch.library.opcheck(registered, (*tensors, *rest, True, True), test_utils=schema_only)
@@ -279,7 +273,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("op", MODULES, ids=lambda op: op.__name__)
 def test_a_backend_says_why_it_cannot_run_and_is_not_chosen_unmeasured(op):
-    tensors = [torch.empty(1, 2, 16)] * 2 if op is latent_attention else [torch.empty(1, 1, 2, 16)] * 5
+    tensors = [torch.empty(1, 1, 2, 16)] * 5
     with avfkernels.backend("triton"), pytest.raises(RuntimeError, match="tensors are on cpu, not on a CUDA device"):
         op(*tensors, scale=1.0)
     assert not BACKENDS[op.__name__]["triton"].is_faster()
