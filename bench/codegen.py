@@ -130,9 +130,11 @@ def resources(kernel) -> dict:
     }
 
 
-def triton_rows(every: bool = True, dtype: torch.dtype = torch.bfloat16) -> list[dict]:
+def triton_rows(
+    every: bool = True, dtype: torch.dtype = torch.bfloat16, architectures: tuple[int, ...] = ARCHITECTURES
+) -> list[dict]:
     rows = []
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         for what, shape, run in cases(every):
             with compiling(arch) as kernels:
                 run(dtype)

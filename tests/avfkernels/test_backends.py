@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import pair_inputs
+from oracle import assert_accurate, in_double, pair_inputs, plain_pair_attention
 
 import avfkernels
 from avfkernels import _backends, _native, _ops, pair_attention
@@ -112,10 +112,15 @@ def test_transforms_of_torch_func_run_in_plain_pytorch(ran):
     loss = lambda q: pair_attention(q, *rest, scale=1.0).sin().sum()  # noqa: E731
     got, value = torch.func.grad_and_value(loss)(q)
     assert ran == ["eager"]
-    torch.testing.assert_close(loss(q), value, rtol=1e-4, atol=1e-5)
+    native = loss(q)
     assert ran == ["eager", "cpu"]
-    expected = torch.autograd.grad(loss(q.requires_grad_()), q)[0]
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    q.requires_grad_()
+    exact, doubles = in_double(lambda *t: pair_attention(*t, scale=1.0).sin().sum(), q, *rest)
+    plain = plain_pair_attention(q, *rest, scale=1.0)[0].sin().sum()
+    (exact_grad,), (plain_grad,) = torch.autograd.grad(exact, doubles[:1]), torch.autograd.grad(plain, q)
+    for number, grad in ((value, got), (native, torch.autograd.grad(loss(q), q)[0])):
+        assert_accurate(number, exact, plain, "value", times=3, roundings=4)
+        assert_accurate(grad, exact_grad, plain_grad, "gradient")
     with avfkernels.backend("cpu"), pytest.raises(RuntimeError, match=r"cannot run: torch\.func and forward-mode"):
         torch.func.grad(loss)(q.detach())
 

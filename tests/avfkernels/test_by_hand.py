@@ -1,8 +1,11 @@
 """Backward passes written by hand, `split_linear` and `absorbed_attention`: against what autograd makes of the same."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import assert_accurate
 from torch.autograd import gradcheck, gradgradcheck
 
 import avfkernels
@@ -39,6 +42,10 @@ def apply(x1, x2, weight, bias, sizes=None):
     return split_linear((x1, x2), weight, bias, sizes=sizes)
 
 
+def exact_copies(tensors):
+    return [t if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
 def written_out(x1, x2, weight, bias, sizes=None):
     if sizes is None:
         (w1, w2), (b1, b2) = weight.split((x1.shape[-1], x2.shape[-1]), dim=1), (None, bias)
@@ -63,12 +70,14 @@ def gradients(outputs, tensors, grads):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_split_linear_equals_its_parts_with_every_gradient(case, biased, dtype, device):
     tensors, options = case(biased, dtype=dtype, device=device)
-    got, expected = apply(*tensors, **options), written_out(*tensors, **options)
-    assert "SplitLinear" in type(got[0].grad_fn).__name__
-    grads = [random(*y.shape, dtype=dtype, seed=2, device=device).detach() for y in got]
-    found, wanted = gradients(got, tensors, grads), gradients(expected, tensors, grads)
-    for a, b in zip((*got, *found), (*expected, *wanted), strict=True):
-        torch.testing.assert_close(a, b)
+    results = []
+    for function, inputs in ((apply, tensors), (written_out, exact_copies(tensors)), (written_out, tensors)):
+        outputs = function(*inputs, **options)
+        grads = [random(*y.shape, dtype=dtype, seed=2, device=device).detach().to(y.dtype) for y in outputs]
+        results.append((*outputs, *gradients(outputs, inputs, grads)))
+    assert "SplitLinear" in type(results[0][0].grad_fn).__name__
+    for triple in zip(*results, strict=True):
+        assert_accurate(*triple)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -77,9 +86,8 @@ def test_split_linear_equals_its_parts_with_every_gradient(case, biased, dtype, 
                                    {"tokens": 196, "latents": 8, "dim": 96, "width": 16, "heads": 6}])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_absorbed_attention_equals_the_projected_one_with_every_gradient(shape, biased, dtype, device):
-    """In half types: no further from float64 than what projects every token."""
-    exact = cross(biased, **shape, device=device)
-    tensors = [t if t is None else t.detach().to(dtype).requires_grad_() for t in exact]
+    tensors = cross(biased, **shape, dtype=dtype, device=device)
+    exact = exact_copies(tensors)
     results = []
     for function, inputs in ((projected, exact), (projected, tensors), (absorbed_attention, tensors)):
         with avfkernels.backend("eager"):
@@ -206,15 +214,13 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(frozen):
         tensors[frozen].requires_grad_()
 
 
-@pytest.mark.parametrize("function", [lambda: apply(*by_rows(dtype=torch.float32)[0], sizes=(3, 5)),
-                                      lambda: (absorbed_attention(*cross(dtype=torch.float32), 0.5),)])  # fmt: skip
+@pytest.mark.parametrize("function", [lambda dtype: apply(*by_rows(dtype=dtype)[0], sizes=(3, 5)),
+                                      lambda dtype: (absorbed_attention(*cross(dtype=dtype), 0.5),)])  # fmt: skip
 def test_under_autocast_outputs_are_of_its_dtype_and_gradients_of_the_weights(function):
-    exact = [y.detach() for y in function()]
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = function()
-    for y, expected in zip(outputs, exact, strict=True):
-        assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+        outputs = function(torch.float32)
+    for triple in zip(outputs, function(torch.float64), function(torch.bfloat16), strict=True):
+        assert_accurate(*triple)
     tensors, options = by_columns(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = apply(*tensors, **options)
@@ -228,14 +234,16 @@ def test_one_graph_in_training_with_and_without_autocast(block, autocast):
     torch.manual_seed(0)
     module = block(32, 4, **({"fusion_tkns": (4, 3, 3)} if block is avfkernels.FactorizedFusion else {}))
     tensors = [torch.randn(2, n, 32) for n in (10, 9, 8)]
+    compiled, exact = torch.compile(module, fullgraph=True, backend="aot_eager"), copy.deepcopy(module).double()
     results = []
-    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = run(*tensors)
-        results.append((out, *torch.autograd.grad(out.float().sin().sum(), list(module.parameters()))))
-    tolerance = {"rtol": 0.05, "atol": 0.05} if autocast else {}
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, **tolerance)
+    for run, own in ((compiled, module), (exact, exact), (module, module)):
+        inputs = [t.double() for t in tensors] if own is exact else tensors
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and own is module):
+            out = run(*inputs)
+        grads = torch.autograd.grad(out.to(inputs[0].dtype).sin().sum(), list(own.parameters()))
+        results.append((out, *grads))
+    for triple in zip(*results, strict=True):
+        assert_accurate(*triple)
 
 
 def test_split_linear_names_sizes_that_do_not_fit():
@@ -258,5 +266,6 @@ def test_other_backends_and_compiled_graphs_recompute_by_checkpoint(needs, monke
         out = absorbed_attention(*tensors, 0.5)
     assert bool(calls) == fused
     with avfkernels.backend("eager"):
-        torch.testing.assert_close(out, absorbed_attention(*tensors, 0.5))
+        again = absorbed_attention(*tensors, 0.5)
+    assert_accurate(out, projected(*exact_copies(tensors), 0.5), again, times=3)
     assert bool(calls) == fused
