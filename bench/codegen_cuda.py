@@ -79,8 +79,8 @@ def instructions(arch: str) -> dict[str, dict]:
     functions = (text.split(maxsplit=1) for text in _dump("-sass", "-arch", arch).split("Function : ")[1:])
     return {
         _label(symbol): {
-            "mma instructions": len(re.findall(r"\bHMMA\.", body)),
-            "transposes": len(re.findall(r"\bMOVM\.", body)),
+            "mma instructions": body.count(" HMMA."),
+            "transposes": body.count(" MOVM."),
         }
         for symbol, body in functions
     }

@@ -46,7 +46,7 @@ def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulation")
     flags = [
         "-std=c++17",
-        "-O2",
+        "-O1",
         "-fPIC",
         "-fno-strict-aliasing",
         "-Wall",
