@@ -7,5 +7,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """Groups, which one process runs whole (--dist=loadgroup), are the long ones: begun last, they would be waited for."""
+    """Groups, which one process runs whole (--dist=loadgroup), take long: begun last, they would be waited for."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
