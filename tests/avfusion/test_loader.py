@@ -210,20 +210,21 @@ def corrupt(path, kind):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_one_percent_of_corrupted_files_is_survived_and_reported(folder, tmp_path, workers):
-    table, report = folder(400), tmp_path / "failed.jsonl"
-    kinds = dict(zip((7, 110, 222, 399), ("zero bytes", "truncated", "flipped bytes", "wrong type"), strict=True))
+def test_corrupted_files_are_survived_and_reported(folder, tmp_path, workers):
+    table, report = folder(100), tmp_path / "failed.jsonl"
+    kinds = dict(zip((7, 31, 62, 99), ("zero bytes", "truncated", "flipped bytes", "wrong type"), strict=True))
     for index, kind in kinds.items():
         corrupt(table.rows[index].path, kind)
-    training = loader(table, 50, duration=0.5, report=report, num_workers=workers)
+    training = loader(table, 25, duration=0.5, report=report, num_workers=workers)
     for _ in range(2):
         for batch in training:
-            assert len(batch.index) == 50
+            assert len(batch.index) == 25
             assert not set(batch.index.tolist()) & kinds.keys()
     lines = [json.loads(line) for line in report.read_text().splitlines()]
     assert sorted(line["path"] for line in lines) == [str(table.rows[index].path) for index in kinds]
     assert all(line["stream"] in ("file", "video", "audio") and line["reason"] for line in lines)
-    assert (training.failed, training.tried) == (8, 808)
+    assert training.failed >= 8  # a replacement may be one of them
+    assert training.tried == 200 + training.failed
 
 
 def test_failed_clips_leave_evaluation_batches_smaller():
@@ -279,10 +280,10 @@ from pathlib import Path
 from avfusion import data
 class Deadly(data.Table):
     def read(self, index, **window):
-        if index == 17:
+        if index == 5:
             os.kill(os.getpid(), 9)
         return super().read(index, **window)
-rows = [data.Row(str(i), Path(sys.argv[1])) for i in range(17)] + [data.Row("17", Path(sys.argv[1]).parent / "17.mp4")]
+rows = [data.Row(str(i), Path(sys.argv[1])) for i in range(5)] + [data.Row("5", Path(sys.argv[1]).parent / "5.mp4")]
 loader = data.ClipLoader(Deadly("test", Path(sys.argv[1]).parent, tuple(rows)), 1, train=False, num_workers=2)
 for batch in loader:
     time.sleep(float(sys.argv[2]))
@@ -296,7 +297,7 @@ def test_death_of_a_worker_names_the_clip_at_hand(clip, pause):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert re.search(
-        rf"RuntimeError: DataLoader worker \(pid.* It was reading {clip.parent}/17\.mp4$", done.stderr, re.M
+        rf"RuntimeError: DataLoader worker \(pid.* It was reading {clip.parent}/5\.mp4$", done.stderr, re.M
     )
 
 

@@ -180,7 +180,7 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_killed_in_the_middle_it_goes_on_and_gives_the_same(tmp_path):
-    settings = replace(SMALL, clips=80)
+    settings = replace(SMALL, clips=40)
     options = f"--clips {settings.clips} --size {settings.size} --seconds {settings.seconds} --workers 2".split()
     process = subprocess.Popen([sys.executable, "-m", "avfusion", "synth", str(tmp_path / "cut"), *options])
     while not list((tmp_path / "cut").glob("truth/*/truth.json")):

@@ -25,6 +25,7 @@ from avfusion.synth.command import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks.pretrain import Pretrain
 
+pytestmark = pytest.mark.xdist_group("train")  # one process makes the clips and the run that others are compared with
 STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
 
 
@@ -142,12 +143,13 @@ def command(config, *options):
     return ["pretrain", "tiny", *words, *map(str, options)]
 
 
+# A process of its own, which starts torch and takes four steps.
 def test_killed_while_it_computes_and_resumed_by_the_command_line(config, undisturbed, tmp_path):
     config, out = replace(config, save_steps=1), tmp_path / "run"
     line = [sys.executable, "-m", "avfusion", *command(config, "--out", out)]
     with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         while process.poll() is None and (latest_checkpoint(out) or out).name < "step-00000004":
-            pass
+            time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert main(command(config, "--out", out, "--resume")) == 0
@@ -400,6 +402,7 @@ for job in json.loads(Path(sys.argv[1]).read_text()):
 """
 
 
+# Three runs in two processes, which start torch and FSDP: half a minute.
 def test_two_processes_equal_one_and_ddp_fsdp_and_one_two_one_keep_the_order(config, tmp_path, monkeypatch):
     config = replace(config, drop_path=0.0, tracker="tensorboard", eval_clips=3, eval_epochs=3)
     seen, noise = [], Pretrain.mask_noise
