@@ -1,4 +1,4 @@
-"""Side by side (`pytest -n logical`): one thread a process, and what takes long first."""
+"""Side by side (`pytest -n logical`): a file a process, one thread each, and what takes long first."""
 
 import os
 
@@ -7,5 +7,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """Groups, which one process runs whole (--dist=loadgroup), take long: begun last, they would be waited for."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """Files that take most of a minute, begun last, would be waited for."""
+    long = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long)

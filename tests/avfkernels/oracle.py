@@ -42,11 +42,12 @@ def in_double(function, *tensors):
         return function(*copies), copies
 
 
-def assert_accurate(got, exact, plain, what="", times=1.5, roundings=0.5):
+def assert_accurate(got, exact, plain, what="", times=1.5, roundings=0.5, size=0.0):
     """The accuracy contract, by norm: at most 1.5x the error of the plain formula in this dtype.
 
     And one rounding (eps / 2) of the exact result, which is all that is left where the plain formula happens to make no
-    error. Random shapes, some of one number, ask for `times` 3 and `roundings` 4: there both errors are chance.
+    error. Random shapes, some of one number, ask for `times` 3 and `roundings` 4: there both errors are chance. `size`:
+    the norm of what cancels in the result, where that is more than the result.
     """
     assert got.dtype == plain.dtype, what
     eps = torch.finfo(got.dtype).eps
@@ -54,6 +55,6 @@ def assert_accurate(got, exact, plain, what="", times=1.5, roundings=0.5):
     assert bool((got.isfinite() == exact.isfinite()).all()), what
     got, exact, plain = (torch.where(exact.isfinite(), t.double(), 0.0) for t in (got, exact, plain))
     error, allowed = ((t - exact).norm().item() for t in (got, plain))
-    rounding = roundings * eps * exact.norm().item()
+    rounding = roundings * eps * max(size, exact.norm().item())
     message = f"{what}: error {error:.2e}, plain {allowed:.2e}, rounding {rounding:.2e} (norms)"
     assert error <= times * allowed + rounding, message

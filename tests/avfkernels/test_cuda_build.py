@@ -17,8 +17,7 @@ from bench import codegen_cuda
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-# The emulation takes a quarter of a minute to compile: one process does it.
-pytestmark = pytest.mark.xdist_group("cuda_build")
+pytestmark = pytest.mark.long  # the emulation takes a quarter of a minute to compile
 NAMES = ("q", "k1", "v1", "k2", "v2")
 DTYPES = (torch.bfloat16, torch.float16)
 INTERACTIONS = ("sum", "product")

@@ -41,8 +41,10 @@ def compare(backend, dtype, shape, **options):
         with avfkernels.backend(name):
             out, lse = pair_attention(*inputs, return_lse=True, **options)
             results.append((out, lse, *torch.autograd.grad(loss(inputs, upstream, **options), inputs)))
+    # Of one pair or a few, the logits have no gradient or little: what is left of terms as large as other gradients.
+    size = max(grad.norm().item() for grad in results[1][2:])
     for name, *triple in zip(("out", "lse", *NAMES), *results, strict=True):
-        assert_accurate(*triple, name, times=3, roundings=4)
+        assert_accurate(*triple, name, times=3, roundings=4, size=size if name in NAMES else 0.0)
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -13,7 +13,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 # Half a minute of compiling: every instruction set's kernels, with both sanitizers.
-pytestmark = pytest.mark.xdist_group("sanitizer")
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

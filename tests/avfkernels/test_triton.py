@@ -44,6 +44,7 @@ in_an_ordinary_process = pytest.mark.skipif(INTERPRETED, reason="in the process 
 
 
 @in_an_ordinary_process
+@pytest.mark.long
 def test_every_kernel_interpreted():
     """The interpreter takes most of a minute, at the smallest shapes that reach every branch."""
     pytest.importorskip("triton")

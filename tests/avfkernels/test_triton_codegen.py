@@ -19,9 +19,6 @@ EXPECTED = {80: {"mma.sync"}, 90: {"mma.sync", "wgmma.mma_async"}, 100: {"mma.sy
 WITHOUT_PRODUCTS = ": merge"  # it rescales and adds
 
 
-pytestmark = pytest.mark.xdist_group("triton_codegen")
-
-
 @pytest.fixture(scope="module")
 def rows():
     return codegen.triton_rows(every=False, architectures=(90,))

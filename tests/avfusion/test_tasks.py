@@ -31,7 +31,7 @@ ENCODER = EncoderConfig(
     dim=32, depth=4, num_heads=2, image_size=(64, 64), audio_size=(32, 64), fusion_tokens=2, image_agg_tokens=2,
     audio_agg_tokens=2,
 )  # fmt: skip
-pytestmark = pytest.mark.xdist_group("tasks")  # one process makes the clips and trains the runs that the tests share
+pytestmark = pytest.mark.long
 LAYOUTS = {"localize": "flickr-soundnet", "separate": "vggsound-music", "segment": "avsbench"}
 SUMMARY = {
     "probe": {"top-1", "chance"},
@@ -233,6 +233,7 @@ def test_partners_in_an_evaluation_are_the_same_each_time(encoder, clips, tmp_pa
 
 
 def test_clips_without_a_score_are_neither_best_nor_worst(trained, tmp_path, monkeypatch):
+    run = trained("retrieve")
     evaluate, drawn = Retrieve.evaluate, []
 
     def silent(*args):
@@ -245,7 +246,7 @@ def test_clips_without_a_score_are_neither_best_nor_worst(trained, tmp_path, mon
 
     monkeypatch.setattr(Retrieve, "evaluate", silent)
     monkeypatch.setattr(Retrieve, "draw", lambda self, model, loader, rows, path: drawn.append(rows))
-    assert main(["retrieve", "eval", str(trained("retrieve")), "--out", str(tmp_path / "eval")]) == 0
+    assert main(["retrieve", "eval", str(run), "--out", str(tmp_path / "eval")]) == 0
     best, worst = drawn
     assert all(row % 2 for row in best + worst)
     assert best == sorted(best, reverse=True)

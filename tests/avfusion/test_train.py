@@ -25,7 +25,7 @@ from avfusion.synth.command import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks.pretrain import Pretrain
 
-pytestmark = pytest.mark.xdist_group("train")  # one process makes the clips and the run that others are compared with
+pytestmark = pytest.mark.long
 STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
 
 
