@@ -89,6 +89,8 @@ class BuildNative(build_ext):
         kind, compile = ("CUDA", self.compile_cuda) if ext.name.endswith("_cuda") else ("native", self.compile)
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
+            if not any((ROOT / "csrc").glob("*.cpp")):
+                raise RuntimeError("there is no csrc/: these sources are not a whole clone or source distribution")
             compile(library)
         except (OSError, subprocess.CalledProcessError, RuntimeError, ValueError, ImportError) as error:
             library.unlink(missing_ok=True)  # that of an earlier build

@@ -6,7 +6,12 @@ Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`; `accelerate` puts the
 `python -m avfkernels` shows what runs on this machine and why; `backend(name)` overrides the choice.
 """
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
+
+with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothing here needs it
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch  # noqa: F401
 
 from avfkernels import _ops  # noqa: F401  registers torch.ops.avfkernels
 from avfkernels._backends import backend, materialises

@@ -34,8 +34,8 @@ def _load_cuda() -> tuple[ctypes.CDLL | None, str | None]:
 def _open(path: Path, version_of: str, expected: int, needs: str) -> tuple[ctypes.CDLL | None, str | None]:
     if not path.exists():
         return None, (
-            f"{path.name} was not built: it needs {needs}; install one, then run "
-            "`AVF_REQUIRE_NATIVE=1 pip install -e . -v`, which prints what goes wrong"
+            f"{path.name} was not built: it needs {needs} and csrc/, which clones and source distributions have; then "
+            "run `AVF_REQUIRE_NATIVE=1 pip install -e . -v`, which prints what goes wrong"
         )
     try:
         library = ctypes.CDLL(str(path))

@@ -9,7 +9,8 @@ What this package adds to the kernels (timm, torchaudio, PyAV, ...) is the extra
 import importlib
 from importlib.util import find_spec
 
-# The public names and where they live: loaded on first use, so that `avfusion --help` is instant.
+# The public names and where they live: loaded on first use, so that `avfusion --help` is instant, and the model alone
+# needs neither a video decoder nor what reads data sets.
 _NAMES = {
     "AVMAE": "mae",
     "CheckpointError": "checkpoint",
@@ -28,17 +29,26 @@ _REQUIRES = {"accelerate": "accelerate", "av": "av", "defusedxml": "defusedxml",
              "torchaudio": "torchaudio", "torchvision": "torchvision", "tqdm": "tqdm",
              "webdataset": "webdataset"}  # fmt: skip
 
-_missing = [package for module, package in _REQUIRES.items() if find_spec(module) is None]
-if _missing:
-    raise ImportError(f"avfusion needs {', '.join(_missing)}; install what is missing with: pip install -e '.[train]'")
-
 __all__ = sorted(_NAMES)
+
+
+def _missing() -> str | None:
+    """Which packages of the extra are not installed, and the remedy; None if all are."""
+    packages = [package for module, package in _REQUIRES.items() if find_spec(module) is None]
+    if not packages:
+        return None
+    return f"avfusion needs {', '.join(packages)}; install what is missing with: pip install -e '.[train]'"
 
 
 def __getattr__(name):
     if name not in _NAMES:
         raise AttributeError(f"module 'avfusion' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"avfusion.{_NAMES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"avfusion.{_NAMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in _REQUIRES:
+            raise
+        raise ImportError(f"avfusion.{name}: {_missing()}") from error
 
 
 def __dir__():

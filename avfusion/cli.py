@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import avfusion
 from avfusion.data import command as shard
 from avfusion.data.table import VIDEO_SUFFIXES, find_videos
 from avfusion.synth import command as synth
@@ -47,9 +48,10 @@ exit status: 0 all clips embedded, 1 some clips failed (the others are written),
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line on `argv` (None: the process's own) and return its exit status; usage errors exit with 2."""
+    missing = avfusion._missing()
     parser = argparse.ArgumentParser(
         prog="avfusion", description="DeepAVFusion: early fusion of picture and sound.",
-        epilog="`avfusion COMMAND --help` explains a command.",
+        epilog=f"`avfusion COMMAND --help` explains a command. {missing or ''}",
     )  # fmt: skip
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_embed(commands)
@@ -60,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     pretrain.add_parser(commands)
     downstream.add_parsers(commands)
     args = parser.parse_args(argv)
+    if missing:
+        parser.error(missing)
     return args.run(args, args.parser)
 
 

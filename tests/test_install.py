@@ -1,163 +1,180 @@
-"""The build: with a compiler, without one, with one that fails. Each case builds a wheel from a copy of the sources."""
+"""The build: clone, source distribution, wheel, environment; with a compiler, without one, with one that fails."""
 
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMPILERS = [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
-needs_compiler = pytest.mark.skipif(not COMPILERS, reason="no C++ compiler on PATH")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+
+
+def run(*command, cwd, succeeds=True, **environment):
+    """What a command says; without nvcc unless asked for."""
+    environment = os.environ | {"AVF_CUDA": "0"} | environment
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert (done.returncode == 0) == succeeds, done.stdout
+    return done.stdout
+
+
+def clone(folder):
+    """What a user clones, without anything built."""
+    for name in ("csrc", "avfkernels", "avfusion"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, folder)
+    return folder
 
 
 @pytest.fixture
 def sources(tmp_path):
-    """What a user clones, without anything built."""
-    copy = tmp_path / "sources"
-    copy.mkdir()
-    for name in ("csrc", "avfkernels", "avfusion"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    return copy
+    """A clone whose libraries hold next to nothing, so that they compile in no time."""
+    sources = clone(tmp_path / "sources")
+    for file in [*(sources / "csrc").glob("pair_*.cpp"), *(sources / "csrc").glob("pair_*.cu")]:
+        file.unlink()
+    return sources
 
 
-def build(sources, **environment):
-    """pip wheel, in the environment at hand (its setuptools and ninja), no network; without nvcc unless asked for."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-v",
-        "-w",
-        "out",
-    ]
-    return subprocess.run(
-        command,
-        cwd=sources,
-        env=os.environ | {"AVF_CUDA": "0"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def build(sources, succeeds=True, **environment):
+    """Compiles as pip does, without the wheel; what it says, and the libraries that are there then."""
+    said = run(sys.executable, "setup.py", "build_ext", "-b", "out", cwd=sources, succeeds=succeeds, **environment)
+    return said, sorted(path.name for path in (sources / "out").rglob("*.so"))
 
 
-def unpacked(sources):
-    (wheel,) = (sources / "out").glob("*.whl")
-    target = sources / "unpacked"
-    zipfile.ZipFile(wheel).extractall(target)
-    return wheel, target
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """clone -> source distribution -> wheel -> fresh environment, which has torch from the one at hand; no network."""
+    folder = tmp_path_factory.mktemp("install")
+    clone(folder / "sources")
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", folder, cwd=folder / "sources")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    pip = (sys.executable, "-m", "pip")
+    offline = ("--no-deps", "--no-index")
+    run(*pip, "wheel", ".", *offline, "--no-build-isolation", "-w", folder, cwd=unpacked, AVF_REQUIRE_NATIVE="1")
+    (wheel,) = folder.glob("*.whl")
+    run(sys.executable, "-m", "venv", "--without-pip", "fresh", cwd=folder)
+    python = folder / "fresh" / "bin" / "python"
+    run(*pip, "--python", python, "install", *offline, wheel, cwd=folder)
+    (site,) = (folder / "fresh").glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # not followed further: no editable install is seen
+    return wheel, python, site
 
 
-USE_IT = """
-import torch, avfkernels
-from avfkernels import _native
-q, x = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
-avfkernels.pair_attention(q, x, x, x, x, scale=1.0)
-print(avfkernels.__file__, _native.why_unavailable())
-"""
-
-
-def use(target):
-    done = subprocess.run(
-        [sys.executable, "-c", USE_IT],
-        env=os.environ | {"PYTHONPATH": str(target)},
-        cwd=target,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(target))
-    return done.stdout
-
-
+# Compiles the library, for every instruction set: half a minute.
 @needs_compiler
-def test_a_wheel_serves_every_python_and_holds_the_library(sources):
-    done = build(sources, AVF_REQUIRE_NATIVE="1")
-    assert done.returncode == 0, done.stderr
-    wheel, target = unpacked(sources)
+def test_a_source_distribution_makes_a_wheel_for_every_python_whose_kernels_are_listed(installed, tmp_path):
+    wheel, python, site = installed
     assert "-py3-none-" in wheel.name
-    assert (target / "avfkernels" / "libavfkernels.so").exists()
-    assert use(target).strip().endswith("None")
+    said = run(python, "-m", "avfkernels", cwd=tmp_path)
+    assert "native   libavfkernels.so, ABI" in said
+    assert f"cpu {'':<6} chosen" in said
+    assert "NumPy" not in said
+    use = (
+        "import torch, avfkernels; q, x = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4);"
+        "avfkernels.pair_attention(q, x, x, x, x, scale=1.0); print(avfkernels.__file__)"
+    )
+    assert run(python, "-c", use, cwd=tmp_path).startswith(str(site))
 
 
-def test_without_a_compiler_the_install_succeeds_and_says_what_is_missing(sources):
-    done = build(sources, CXX="no-such-compiler")
-    assert done.returncode == 0, done.stderr
-    output = done.stdout + done.stderr
-    assert "native kernels skipped" in output
-    assert "no C++ compiler (no-such-compiler" in output
-    _, target = unpacked(sources)
-    assert not list(target.rglob("*.so"))
-    assert "was not built: it needs a C++ compiler" in use(target)
+def test_without_a_compiler_the_build_succeeds_and_says_what_is_missing(sources):
+    said, libraries = build(sources, CXX="no-such-compiler")
+    assert libraries == []
+    assert "native kernels skipped" in said
+    assert "no C++ compiler (no-such-compiler" in said
+    code = "from avfkernels import _native; print(_native.why_unavailable())"
+    said = run(sys.executable, "-c", code, cwd=sources, PYTHONPATH=str(sources))
+    assert "was not built: it needs a C++ compiler (g++ or clang++) and csrc/" in said
 
 
 def test_a_compiler_that_fails_is_no_obstacle_either(sources):
-    done = build(sources, CXX="false")
-    assert done.returncode == 0, done.stderr
-    assert "false failed on csrc/" in done.stdout + done.stderr
+    said, libraries = build(sources, CXX="false")
+    assert libraries == []
+    assert "false failed on csrc/" in said
+
+
+def test_sources_without_csrc_are_named(sources):
+    shutil.rmtree(sources / "csrc")
+    said, _ = build(sources)
+    assert "there is no csrc/: these sources are not a whole clone or source distribution" in said
 
 
 @pytest.mark.parametrize("cxx", ["no-such-compiler", "false"])
 def test_avf_require_native_turns_a_missing_library_into_an_error(sources, cxx):
-    done = build(sources, CXX=cxx, AVF_REQUIRE_NATIVE="1")
-    assert done.returncode != 0
-    assert "AVF_REQUIRE_NATIVE=1 and the native kernels did not build" in done.stdout + done.stderr
+    said, _ = build(sources, succeeds=False, CXX=cxx, AVF_REQUIRE_NATIVE="1")
+    assert "AVF_REQUIRE_NATIVE=1 and the native kernels did not build" in said
 
 
 @needs_compiler
 def test_an_nvcc_that_fails_does_not_cost_the_library_of_the_cpu(sources):
-    done = build(sources, AVF_CUDA="1", NVCC="false")
-    assert done.returncode == 0, done.stderr
-    assert "CUDA kernels skipped, PyTorch fallbacks will run: false failed on csrc/" in done.stdout + done.stderr
-    _, target = unpacked(sources)
-    assert [path.name for path in target.rglob("*.so")] == ["libavfkernels.so"]
+    said, libraries = build(sources, AVF_CUDA="1", NVCC="false")
+    assert "CUDA kernels skipped, PyTorch fallbacks will run: false failed on csrc/" in said
+    assert libraries == ["libavfkernels.so"]
 
 
+@needs_compiler
 @pytest.mark.parametrize("nvcc", ["no-such-nvcc", "false"])
 def test_avf_require_native_turns_a_failing_nvcc_into_an_error(sources, nvcc):
-    for source in (sources / "csrc").glob("*_kernel.cpp"):  # quicker: the other library need not compile
-        source.unlink()
-    (sources / "csrc" / "pair_attention.cpp").unlink()
-    done = build(sources, AVF_CUDA="1", NVCC=nvcc, AVF_REQUIRE_NATIVE="1")
-    assert done.returncode != 0
-    assert "AVF_REQUIRE_NATIVE=1 and the CUDA kernels did not build" in done.stdout + done.stderr
+    said, _ = build(sources, succeeds=False, AVF_CUDA="1", NVCC=nvcc, AVF_REQUIRE_NATIVE="1")
+    assert "AVF_REQUIRE_NATIVE=1 and the CUDA kernels did not build" in said
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-def test_a_wheel_built_with_nvcc_holds_the_cuda_library_and_it_loads_without_a_gpu(sources):
-    done = build(sources, AVF_CUDA="1", AVF_CUDA_ARCHS="8.0", AVF_REQUIRE_NATIVE="1")
-    assert done.returncode == 0, done.stderr
-    _, target = unpacked(sources)
-    library = target / "avfkernels" / "libavfkernels_cuda.so"
-    code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).avf_cuda_abi_version())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "2"
+def test_with_nvcc_there_is_the_library_of_cuda_too(sources):
+    """That it loads without a GPU and holds every kernel: tests/avfkernels/test_cuda_build.py, of the installed one."""
+    _, libraries = build(sources, AVF_CUDA="1", AVF_CUDA_ARCHS="8.0", AVF_REQUIRE_NATIVE="1")
+    assert libraries == ["libavfkernels.so", "libavfkernels_cuda.so"]
 
 
-def test_avfkernels_imports_torch_and_nothing_of_the_extras():
-    """The kernel library depends on torch (and triton) alone."""
-    code = "import sys, avfkernels; print({'timm', 'torchaudio', 'av', 'einops', 'avfusion'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys({}));"  # packages that then seem not to be installed
 
 
-def test_avfusion_without_its_extra_names_the_package_and_the_command():
-    code = (
-        "import importlib.util as u; find_spec = u.find_spec;"
-        "u.find_spec = lambda name, *a: None if name == 'av' else find_spec(name, *a);"
-        "import avfusion"
+def test_avfkernels_imports_torch_and_nothing_of_the_extras_and_is_silent_without_numpy():
+    code = WITHOUT.format(["numpy"]) + (
+        "import avfkernels; print({'timm', 'torchaudio', 'av', 'einops', 'avfusion'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "avfusion needs av; install what is missing with: pip install -e '.[train]'" in done.stderr
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "set()"
+
+
+WITHOUT_MEDIA = """
+import importlib.util as util, torch
+find = util.find_spec
+util.find_spec = lambda name, *a: None if name in ("av", "soundfile", "webdataset") else find(name, *a)
+from avfusion import AVMAE, DeepAVFusion, EncoderConfig
+config = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 32), audio_size=(32, 64))
+losses = AVMAE(DeepAVFusion(config), 16, 1, 2)(torch.randn(2, 3, 32, 32), torch.randn(2, 1, 32, 64))[:2]
+assert all(loss.isfinite() for loss in losses)
+try:
+    from avfusion import read_clip
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_the_model_runs_without_what_reads_and_writes_media_and_the_rest_names_its_package():
+    said = run(sys.executable, "-c", WITHOUT.format(["av", "soundfile", "webdataset"]) + WITHOUT_MEDIA, cwd=ROOT)
+    assert (
+        "avfusion.read_clip: avfusion needs av, soundfile, webdataset; install what is missing with: pip install -e"
+        in said
+    )
+
+
+@pytest.mark.parametrize(("words", "succeeds"), [(["--help"], True), (["embed", "clip.mp4"], False)])
+def test_the_command_line_without_its_extra_says_what_to_install(words, succeeds):
+    code = WITHOUT.format(["numpy", "torch", "av", "timm"]) + (
+        "import importlib.util as util; find = util.find_spec;"
+        "util.find_spec = lambda name, *a: None if name in ('av', 'timm') else find(name, *a);"
+        "from avfusion.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    said = run(sys.executable, "-c", code, *words, cwd=ROOT, succeeds=succeeds)
+    assert "avfusion needs av, timm; install what is missing with: pip install -e '.[train]'" in " ".join(said.split())
+    assert "Traceback" not in said

@@ -344,6 +344,10 @@ def usage():
     return codegen_cuda.usage()
 
 
+def test_the_installed_library_loads_without_a_gpu(usage):
+    assert _native.why_cuda_unavailable() is None
+
+
 def test_every_kernel_is_there_for_every_architecture_without_spills(usage):
     kernels, archs = {row["kernel"] for row in usage}, {row["arch"] for row in usage}
     assert len(kernels) == 2 * (6 * 9 + 3)  # dtypes, kernels, widths; the merge of products has one width
