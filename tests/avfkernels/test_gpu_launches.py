@@ -36,7 +36,7 @@ def test_sums_of_pairs_are_one_launch(backend, masked):
 
 @pytest.mark.parametrize("block", [avfkernels.DenseFusion, avfkernels.FactorizedFusion], ids=lambda b: b.__name__)
 def test_a_fusion_block_launches_no_more_kernels_than_in_eager(block):
-    """Prints the counts, which bench/gpu.sh puts into its summary."""
+    """Prints the counts too: `-s` shows them."""
     skip_unless_launches_are_seen()
     module = block(768, 12).to("cuda", torch.bfloat16).eval()
     fusion_tokens = 32 if block is avfkernels.FactorizedFusion else 16
