@@ -1,23 +1,19 @@
 """What the benchmarks of single ops share: cases, three passes, the correctness gate, rates and memory.
 
-    python -m bench.attention bench.test_pair_attention "sum, full" eager
+    python -m bench.attention "pair_attention: sum, full" eager
 
-measures the peak memory of a row's passes on the CPU, in a process of its own, and prints a JSON line for each.
+measures the peak memory of a row on the CPU, in a process of its own, and prints the bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,15 +25,14 @@ from bench import measure
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # largest relative difference to the reference in float64
 SAMPLE_SECONDS = 0.02  # a sample repeats the call for about this long
 PASSES = ("forward", "backward", "both")
-SECONDS = 0.8  # a pass of a row is timed for about this long
+EFFORT = measure.Effort(seconds=0.8)  # for a pass of a row
 
 
 @dataclass(frozen=True)
 class Case:
     """One table: shapes of the inputs, the implementations (rows) that are compared, and what they cost at least."""
 
-    module: str  # the module whose CASES hold it
-    name: str
+    name: str  # "pair_attention: sum, full": the module bench.test_pair_attention has it among its CASES
     title: str
     batch: str
     rows: dict[str, Callable[..., Tensor]]  # the first is the baseline
@@ -159,20 +154,11 @@ def peak_memory(case: Case, row: str, inputs: list[Tensor]) -> int:
     if device.type == "cuda":
         calls = case.bind(row, inputs)
         return measure.peak_memory(calls.get("both", calls["forward"]), device)
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.attention", case.module, case.name, row],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | measure.MALLOC_RETURNS_MEMORY,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {row!r}, {case.name!r} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    return int(measure.run_module("bench.attention", case.name, row))
 
 
-def run_case(case: Case, device: torch.device, effort: measure.Effort, progress: Callable, publish: Callable):
-    """Checks, measures and publishes a case. Returns row -> (results, pass -> recorded times)."""
+def run_case(case: Case, device: torch.device, progress: Callable, publish: Callable) -> tuple[str, dict[str, tuple]]:
+    """Checks, measures and publishes a case. Returns its title, and row -> (results, pass -> recorded times)."""
     progress(case.title, "checking")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs, calls, skipped = case.inputs(device, dtype), {}, dict(case.skipped)
@@ -189,14 +175,13 @@ def run_case(case: Case, device: torch.device, effort: measure.Effort, progress:
         calls[row] = case.bind(row, inputs)
 
     peak, times, rows = peak_flops(device), {row: {} for row in case.rows}, {row: {"name": row} for row in case.rows}
-    effort = measure.Effort(min(effort.seconds, SECONDS), effort.min_rounds, effort.max_rounds)
     for pass_ in PASSES:
         taking = {row: passes[pass_] for row, passes in calls.items() if pass_ in passes}
         for call in taking.values():
             call()
         repeats = max(1, round(SAMPLE_SECONDS / measure.seconds(next(iter(taking.values())), device, repeats=3)))
         taken = measure.in_turns(
-            taking, device, effort, repeats=repeats, progress=lambda text, p=pass_: progress(case.title, f"{p}, {text}")
+            taking, device, EFFORT, repeats=repeats, progress=lambda text, p=pass_: progress(case.title, f"{p}, {text}")
         )
         for row, result in measure.summarise(taken).items():
             times[row][pass_] = taken[row]
@@ -214,7 +199,7 @@ def run_case(case: Case, device: torch.device, effort: measure.Effort, progress:
 
     moved = 2 * sum(x.numel() for x in inputs) * inputs[0].element_size()
     rate = f"; the share is of {peak / 1e9:,.0f} GFLOP/s, measured in this run" if peak else ""
-    section = {
+    publish(case.name, {
         "title": case.title,
         "batch": case.batch,
         "dtype": str(dtype).removeprefix("torch."),
@@ -230,18 +215,17 @@ def run_case(case: Case, device: torch.device, effort: measure.Effort, progress:
             f"{case.flop['backward'] / 1e6:,.1f} backward), whatever a row computes{rate}.",
             f"Inputs and their gradients are {moved / 1e6:,.1f} MB; peak memory is that of forward and backward.",
         ],
-    }
-    publish(f"{case.module.rpartition('test_')[2]}: {case.name}", section)
-    return {row: (rows[row], times[row]) for row in case.rows}
+    })  # fmt: skip
+    return case.title, {row: (rows[row], times[row]) for row in case.rows}
 
 
-def main(module: str, name: str, row: str) -> None:
-    case = importlib.import_module(module).CASES[name]
+def main(name: str, row: str) -> None:
+    case = importlib.import_module(f"bench.test_{name.partition(':')[0]}").CASES[name]
     inputs = case.inputs(torch.device("cpu"), torch.float32)
     calls = case.bind(row, inputs)
     call = calls.get("both", calls["forward"])
     call()
-    print(json.dumps(measure.peak_memory(call, torch.device("cpu"))))
+    print(measure.peak_memory(call, torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -1,52 +1,91 @@
-"""`pytest bench/ --benchmark`: measure, print the tables, and write bench/results/<device>.json, .md and .png."""
+"""`pytest bench/ --benchmark`: measure Table 6, print it, and write bench/results/<device>.json, .md and .png.
+
+Every benchmark takes its rows from a fixture `section`, whose params are names of sections of the results file. --full
+measures all of them; one that was stopped is continued by the same command.
+"""
 
 from __future__ import annotations
 
+import json
 import shlex
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import compare, measure, report
+from bench import measure, report
 
 HERE = Path(__file__).parent
-SECTIONS = pytest.StashKey[dict]()  # measured in this run: name -> section of the results file
-KNOWN = pytest.StashKey[dict]()  # those of the file that --compare names
-VERDICT = pytest.StashKey[tuple]()  # of the comparison: whether the run passes, and why
-DEVICE = pytest.StashKey[str]()  # what the results file is named after, as it is before a benchmark changes threads
+RESULTS = HERE / "results"
+TABLE_6 = ("encoder_1_full", "encoder_2_masked")  # measured without --full
+RUN = pytest.StashKey["Run"]()
+
+
+class Run:
+    """Which sections are measured, and where the run stands: each is written as soon as it is measured."""
+
+    def __init__(self, command: str):
+        self.command, self.device = command, measure.device_name(measure.DEVICE)
+        self.path = RESULTS / f"{measure.slug(self.device)}.json"
+        results = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.known, self.unfinished = results.get("sections", {}), results.get("unfinished", [])
+        self.plan([], full=False)
+
+    def plan(self, sections: list[str], full: bool) -> None:
+        """Of `sections`, a full run keeps what it had measured when it was stopped, if nothing has changed since."""
+        self.full = full
+        self.sections = {name: self.known[name] for name in sections if full and self._kept(name)}
+        self.left = [name for name in sections if name not in self.sections]
+        took = [self.known.get(name, {}).get("took") for name in self.left]
+        self.recorded = None not in took
+        # Where nothing is recorded: about what it is on two CPU cores.
+        rough = [240 if name in TABLE_6 else 120 for name in self.left]
+        self.expected = sum(known or guess for known, guess in zip(took, rough, strict=True))
+        self.begun = self.lap = time.perf_counter()
+
+    def _kept(self, name: str) -> bool:
+        now = measure.environment(measure.DEVICE)
+        if name not in self.unfinished or str(now["commit"]).endswith("-dirty"):
+            return False
+        return all(self.known[name]["environment"][key] == now[key] for key in ("commit", "versions"))
+
+    def add(self, name: str, section: dict) -> None:
+        now = time.perf_counter()
+        made = {"took": round(now - self.lap), "command": self.command,
+                "environment": measure.environment(measure.DEVICE)}  # fmt: skip
+        self.lap = now
+        self.left.remove(name)
+        self.sections[name] = section | made
+        if self.full:
+            self.unfinished = list(self.sections) if self.left else []
+        report.save(self.path, self.device, {name: self.sections[name]}, self.unfinished)
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench", "benchmarks of avfkernels and avfusion (bench/)")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks; without it those in bench/ skip")
-    group.addoption("--quick", action="store_true", help="batch 1 and one round; prints the tables, writes no results")
     group.addoption(
-        "--no-compile", action="store_true", help="leave out rows under torch.compile, minutes of compiling"
-    )
-    group.addoption("--batch-size", type=int, help="videos in a batch of the encoder tables: 4 on a CPU, 64 on CUDA")
-    group.addoption(
-        "--compare", type=Path, metavar="FILE",
-        help="fail, and write no results, if one of our ratios is worse than in this results file of the same device",
+        "--full", action="store_true",
+        help="with --benchmark: not Table 6 alone but all, about an hour on two cores; continued if it was stopped",
     )  # fmt: skip
-    group.addoption("--compare-margin", type=float, default=0.1, help="how much worse is still good: 0.1 is 10 %%")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist starts processes
+def pytest_cmdline_main(config):
+    config.option.benchmark_disable = not config.option.benchmark
+    if config.option.benchmark:
+        # Nothing runs beside what is timed, whatever addopts say; pytest-benchmark prints its table if asked for.
+        config.option.numprocesses = 0
+        config.option.benchmark_quiet = not config.option.benchmark_columns
+    elif config.option.full:
+        raise pytest.UsageError("--full says how much --benchmark measures: give both")
 
 
 def pytest_configure(config):
-    config.stash[SECTIONS] = {}
-    config.stash[DEVICE] = measure.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if path := config.getoption("--compare", None):
-        if not config.getoption("--benchmark"):
-            raise pytest.UsageError("--compare compares what --benchmark measures: give both")
-        try:
-            config.stash[KNOWN] = compare.load(path, config.stash[DEVICE])
-        except ValueError as error:
-            raise pytest.UsageError(str(error)) from None
-
-
-def write(config, sections: dict[str, dict]) -> Path:
-    name = config.stash[DEVICE]
-    return report.save(HERE / "results", measure.slug(name), name, sections)
+    if config.option.benchmark:
+        config.stash[RUN] = Run(shlex.join(["pytest", *config.invocation_params.args]))
 
 
 class RecordedClock:
@@ -64,37 +103,57 @@ class RecordedClock:
 CLOCK = RecordedClock()
 
 
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
-    wanted = config.getoption("--benchmark", False)
-    for item in items:
-        if item.path.is_relative_to(HERE):
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-            if not wanted:
-                item.add_marker(pytest.mark.skip(reason="benchmarks run with: pytest bench/ --benchmark"))
+    ours = {item: item.callspec.params["section"] for item in items if item.path.is_relative_to(HERE)}
+    for item in ours:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        if not config.option.benchmark:
+            item.add_marker(pytest.mark.skip(reason="benchmarks run with: pytest bench/ --benchmark"))
+    if not config.option.benchmark:
+        return
+    run, full = config.stash[RUN], config.option.full
+    sections = [name for name in dict.fromkeys(ours.values()) if full or name in TABLE_6]
+    if ours and not sections:
+        raise pytest.UsageError("what is asked for is not of Table 6: it is measured with --benchmark --full")
+    run.plan(sections, full)
+    config.hook.pytest_deselected(items=[item for item, name in ours.items() if name not in run.left])
+    items[:] = [item for item in items if item not in ours or ours[item] in run.left]
+
+
+def pytest_report_collectionfinish(config):
+    if not config.option.benchmark:
+        return []
+    run = config.stash[RUN]
+    by = "as recorded on this device" if run.recorded else "as on two CPU cores; nothing is recorded for this device"
+    minutes, count = max(1, round(run.expected / 60)), len(run.left)
+    lines = [f"about {minutes} min ({by}); {count} section{'s'[: count != 1]}, each written when it is measured"]
+    if run.sections:
+        lines.append(f"continues a run that was stopped; measured already: {', '.join(run.sections)}")
+    return [line for text in lines for line in textwrap.wrap(text, 100)]
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return measure.DEVICE
 
 
 @pytest.fixture(scope="session")
-def effort(request) -> measure.Effort:
-    return measure.QUICK if request.config.getoption("--quick") else measure.FULL
-
-
-@pytest.fixture(scope="session")
-def batch_size(request, device) -> int:
-    default = 1 if request.config.getoption("--quick") else 64 if device.type == "cuda" else 4
-    return request.config.getoption("--batch-size") or default
+def planned(request) -> tuple[str, ...]:
+    """The sections that are measured."""
+    return tuple(request.config.stash[RUN].left)
 
 
 @pytest.fixture(scope="session")
 def progress(request):
-    """progress(stage, detail): one line a stage, and on a terminal the detail beside it, overwritten as it changes."""
+    """progress(stage, detail): one line a stage, and on a terminal the detail below it, overwritten as it changes."""
+    run = request.config.stash[RUN]
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     capture = request.config.pluginmanager.getplugin("capturemanager")
     shown = None
+
+    def clock(seconds: float) -> str:
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
     def show(stage: str, detail: str = "") -> None:
         nonlocal shown
@@ -103,32 +162,19 @@ def progress(request):
                 if reporter.isatty:
                     reporter.rewrite("", erase=True)
                     reporter.rewrite("")
-                reporter.write_line(stage)
+                reporter.write_line(f"{clock(time.perf_counter() - run.begun)} of about {clock(run.expected)}  {stage}")
                 shown = stage
             if detail and reporter.isatty:
                 reporter.rewrite(f"  {detail}", erase=True)
+            reporter.flush()
 
     return show
 
 
 @pytest.fixture(scope="session")
-def publish(request, device):
-    """publish(name, section): printed at the end of the run, and written to the results.
-
-    Written at once, so that a run that is killed keeps what it measured; with --compare at the end, if it passes; with
-    --quick never.
-    """
-    config = request.config
-    command = shlex.join(["pytest", *config.invocation_params.args])
-    at_once = not config.getoption("--quick") and KNOWN not in config.stash
-
-    def add(name: str, section: dict) -> None:
-        section = section | {"command": command, "environment": measure.environment(device)}
-        config.stash[SECTIONS][name] = section
-        if at_once:
-            write(config, {name: section})
-
-    return add
+def publish(request):
+    """publish(name, section): written to the results file, and printed at the end of the run."""
+    return request.config.stash[RUN].add
 
 
 @pytest.fixture
@@ -146,29 +192,15 @@ def replay(benchmark):
     return run
 
 
-def pytest_sessionfinish(session):
-    stash = session.config.stash
-    if KNOWN in stash:
-        passes, _ = stash[VERDICT] = compare.verdict(
-            *compare.compare(stash[KNOWN], stash[SECTIONS]), session.config.getoption("--compare-margin")
-        )
-        if not passes and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
+@pytest.hookimpl(trylast=True)  # what it shows stands last
 def pytest_terminal_summary(terminalreporter, config):
-    sections = config.stash[SECTIONS]
-    passes, why = config.stash.get(VERDICT, (True, None))
-    if sections:
-        terminalreporter.section(config.stash[DEVICE])
-    for section in sections.values():
-        terminalreporter.write(report.markdown(section) + "\n")
-    if why:
-        terminalreporter.section(f"compared with {config.getoption('--compare')}")
-        terminalreporter.write(why)
-    if sections and (config.getoption("--quick") or not passes):
-        terminalreporter.write_line(f"{'--quick' if passes else '--compare failed'}: nothing is written")
-    elif sections:
-        path = write(config, sections)
-        report.render(path)
-        terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}, and drawn from it .md and .png")
+    if not config.option.benchmark or not (run := config.stash[RUN]).sections:
+        return
+    terminalreporter.section(run.device)
+    for section in run.sections.values():
+        terminalreporter.write_line(report.terminal(section))
+    for file in (run.path, *report.render(run.path)):
+        terminalreporter.write_line(f"written: {file.relative_to(config.rootpath)}")
+    if TABLE_6[0] in run.sections:
+        sentence = report.sentence(run.device, run.sections[TABLE_6[0]])
+        terminalreporter.write_line("\n" + textwrap.fill(sentence, 100))

@@ -1,21 +1,19 @@
 """What the table compares: ViT-B encoders (rows), the passes they run, and the proof that equal rows are equal.
 
-    python -m bench.encoder "dense, ours" 4 full masked
+    python -m bench.encoder 4 '[["full", "no fusion"], ["full", "dense, ours"]]'
 
-measures the peak memory of a row at batch 4 on the CPU, in a process of its own, and prints a JSON line for each pass.
+measures the peak memory of passes of rows at batch 4 on the CPU, one after the other, and prints the bytes of each.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
+from functools import partial
+from itertools import chain, product
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +37,7 @@ class Row:
     def materialised(self) -> bool:
         return self.backend == "reference"
 
-    def why_not(self, device: torch.device, *, training: bool) -> str | None:
+    def why_not(self, device: torch.device, *, training: bool = False) -> str | None:
         """Why the row is not measured, or None."""
         if self.way != "plain" and device.type != "cuda":
             return "on CUDA"  # on CPUs compiling takes longer than the table, and what it fuses is little of the time
@@ -171,57 +169,49 @@ def exactness() -> float:
 
     Over the outputs of both inference passes and the gradients of all parameters in the training pass. NaN if any is.
     """
-    worst = []
-    for twins in TWINS:
-        ours, materialised = (ROWS[name] for name in twins)
-        config = replace(ours.config, depth=2)
-        model = build([config], torch.float64)[config]
-        for pass_ in PASSES:
-            image, audio, *ids = pass_.inputs(config, batch=1)
-            results = []
-            for row in (ours, materialised):
-                with torch.set_grad_enabled(pass_.training), avfkernels.backend(row.backend):
-                    outputs = model(image.double(), audio.double(), *ids)
-                    gradients = torch.autograd.grad(scalar(outputs), list(model.parameters())) if pass_.training else ()
-                results.append((*outputs, *gradients))
-            worst += [(a - b).abs().max() for a, b in zip(*results, strict=True)]
+    shallow = {ours: replace(ROWS[ours].config, depth=2) for ours, _ in TWINS}
+    models, worst = build(list(shallow.values()), torch.float64), []
+    for twins, pass_ in product(TWINS, PASSES):
+        model = models[shallow[twins[0]]]
+        image, audio, *ids = pass_.inputs(model.config, batch=1)
+        results = []
+        for row in twins:
+            with torch.set_grad_enabled(pass_.training), avfkernels.backend(ROWS[row].backend):
+                outputs = model(image.double(), audio.double(), *ids)
+                gradients = torch.autograd.grad(scalar(outputs), list(model.parameters())) if pass_.training else ()
+            results.append((*outputs, *gradients))
+        worst += [(a - b).abs().max() for a, b in zip(*results, strict=True)]
     return torch.stack(worst).max().item()
 
 
-def peak_memory_on_cpu(row: Row, batch: int) -> dict[str, int]:
-    """Pass -> bytes above the loaded model, measured in a process of its own; a pass that it did not survive is absent.
+def peak_memory_on_cpu(runs: list[tuple[str, str]], batch: int) -> dict[tuple[str, str], int]:
+    """(pass, row) -> bytes above the loaded models, in a process of its own; what it did not survive is absent.
 
     Resident memory at its highest during the pass, minus that before it: activations and, in training, gradients.
-    Weights and inputs are loaded before, and a pass on the automatic backend has been run: buffers that libraries
-    allocate once and keep do not count.
+    Weights and inputs are loaded before, and the row has run: what libraries allocate once and keep does not count.
     """
-    peaks, names = {}, [pass_.name for pass_ in PASSES]
-    while names:
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.encoder", row.name, str(batch), *names],
-            cwd=Path(__file__).parent.parent,
-            env=os.environ | measure.MALLOC_RETURNS_MEMORY,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode not in (0, -signal.SIGKILL):  # SIGKILL is how Linux ends what runs out of memory
-            raise RuntimeError(f"measuring the memory of {row.name!r} failed:\n{done.stderr}")
-        measured = dict(json.loads(line) for line in done.stdout.splitlines())
-        peaks |= measured
-        names = names[len(measured) + 1 :]  # those after the pass that it died in, if it did
+    peaks = {}
+    survives = (0, -signal.SIGKILL)  # SIGKILL is how Linux ends what runs out of memory
+    while runs:
+        printed = measure.run_module("bench.encoder", str(batch), json.dumps(runs), survives=survives).split()
+        peaks |= dict(zip(runs, map(int, printed), strict=False))
+        runs = runs[len(printed) + 1 :]  # those after the one that it died in, if it did
     return peaks
 
 
-def main(name: str, batch: int, passes: list[str]) -> None:
-    row = ROWS[name]
-    model = build([row.config])[row.config]
-    for pass_ in PASSES:
-        if pass_.name in passes:
-            inputs = pass_.inputs(row.config, batch)
-            pass_.bind(model, inputs, None)()
-            call = pass_.bind(model, inputs, row.backend)
-            print(json.dumps([pass_.name, measure.peak_memory(call, torch.device("cpu"))]), flush=True)
+def main(batch: int, runs: list[tuple[str, str]]) -> None:
+    passes, models = {pass_.name: pass_ for pass_ in PASSES}, build([ROWS[name].config for _, name in runs])
+    ran = set()
+    for pass_, name in runs:
+        row, inputs = ROWS[name], passes[pass_].inputs(ROWS[name].config, batch)
+        bind = partial(passes[pass_].bind, models[row.config], backend=row.backend)
+        if pass_ not in ran:  # what is allocated once grows with the input, but is the same for all rows
+            bind(inputs=inputs)()
+        elif name not in ran:
+            bind(inputs=[x[:1] for x in inputs])()
+        ran |= {pass_, name}
+        print(measure.peak_memory(bind(inputs=inputs), torch.device("cpu")), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))

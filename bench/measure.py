@@ -6,7 +6,9 @@ import os
 import platform
 import random
 import re
+import shlex
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +21,8 @@ import torch
 
 import avfkernels
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 # glibc then gives every large block back as soon as it is freed, so that resident memory follows the live tensors.
 # For processes in which memory, not time, is measured.
 MALLOC_RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -28,13 +32,9 @@ MALLOC_RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHO
 class Effort:
     """How long a row is timed: until it has taken `seconds`, within the bounds on rounds."""
 
-    seconds: float
-    min_rounds: int
-    max_rounds: int
-
-
-FULL = Effort(seconds=13.0, min_rounds=3, max_rounds=20)
-QUICK = Effort(seconds=0.5, min_rounds=1, max_rounds=1)
+    seconds: float = 13.0
+    min_rounds: int = 3
+    max_rounds: int = 20
 
 
 def seconds(call: Callable, device: torch.device, repeats: int = 1) -> float:
@@ -57,7 +57,7 @@ def seconds(call: Callable, device: torch.device, repeats: int = 1) -> float:
 def in_turns(
     calls: dict[str, Callable],
     device: torch.device,
-    effort: Effort,
+    effort: Effort = Effort(),
     *,
     repeats: int = 1,
     progress: Callable[[str], None] = lambda text: None,
@@ -122,6 +122,23 @@ def peak_memory(call: Callable, device: torch.device) -> int:
     return _resident("VmHWM") - before
 
 
+def run_module(name: str, *arguments: str, survives: tuple[int, ...] = (0,)) -> str:
+    """What `python -m name arguments` prints: a process of its own, in which memory is measured.
+
+    Raises RuntimeError, with what it wrote to stderr, for an exit status that is not among `survives`.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", name, *arguments],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | MALLOC_RETURNS_MEMORY,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in survives:
+        raise RuntimeError(f"python -m {name} {shlex.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout
+
+
 def _resident(field: str) -> int:
     return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
@@ -183,11 +200,16 @@ def environment(device: torch.device) -> dict:
 def _commit() -> str | None:
     """The commit of this checkout, "-dirty" if tracked files differ from it; None outside a checkout.
 
-    As the run finds it: the results that it writes are tracked files too.
+    Results do not count: the run before this one has written some.
     """
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)bench/results")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None

@@ -1,52 +1,62 @@
-"""Results: one JSON file a device, and the Markdown and the picture that are drawn from it.
+"""Results: one JSON file a device, and the Markdown and the pictures that are drawn from it.
 
-    python -m bench.report bench/results/nvidia-h200.json
+    python -m bench.report bench/results/cpu-amd-epyc-2-cores-avx2.json
 
-draws both again. A file holds sections, one a table; a run replaces the sections it measured and leaves the others.
+draws them again. A file holds sections, one a table; a run replaces the sections it measured and leaves the others.
+(What bench/gpu.sh measures are rows in a .jsonl file, which bench/gpu/report.py draws: the same command.)
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
+import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 MIB = 2**20
 
 
-def save(folder: Path, slug: str, device: str, sections: dict[str, dict]) -> Path:
-    """Merges the sections into the device's file, a JSON whose path it returns. `render` draws it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{slug}.json"
+def save(path: Path, device: str, sections: dict[str, dict], unfinished: list[str]) -> None:
+    """Merges the sections into the device's file; `unfinished` names those of a run that has more to measure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text())["sections"] if path.exists() else {}
     results = {"device": device, "sections": dict(sorted((known | sections).items()))}
+    if unfinished:
+        results["unfinished"] = unfinished
     _replace(path, lambda part: part.write_text(json.dumps(results, indent=1) + "\n"))
-    return path
 
 
-def render(path: Path) -> None:
-    """Writes the .md and, if there is something to draw, the .png beside a results file."""
+def render(path: Path) -> list[Path]:
+    """Writes the .md and, if there is something to draw, the .png files beside a results file: their paths."""
     results = json.loads(path.read_text())
-    scaling = [section for section in results["sections"].values() if "x" in section]
-    charted = [section for section in results["sections"].values() if "x" not in section
-               and any("flop_ratio" in row for row in section["rows"])]  # fmt: skip
-    growing = [section for section in results["sections"].values() if "line" in section]
-    text = f"# {results['device']}\n\n"
-    if charted:
-        _replace(path.with_suffix(".png"), lambda part: chart(results["device"], charted, part))
-        text += f"![Time and memory relative to {charted[0]['baseline']}]({path.stem}.png)\n\n"
-    if scaling:
-        curves = path.with_name(f"{path.stem}-scaling.png")
-        _replace(curves, lambda part: scaling_chart(results["device"], scaling, part))
-        text += f"![Time relative to no fusion against batch and tokens]({curves.name})\n\n"
-    if growing:
-        growth = path.with_name(f"{path.stem}-growth.png")
-        _replace(growth, lambda part: growth_chart(results["device"], growing, part))
-        text += f"![Time and memory against the number of pairs]({growth.name})\n\n"
-    text += "\n".join(markdown(section) for section in results["sections"].values())
-    _replace(path.with_suffix(".md"), lambda part: part.write_text(text))
+    written = [path.with_suffix(".md")]
+    _replace(written[0], lambda part: part.write_text(text(results, path.stem)))
+    for end, _, draw, sections in _pictures(results):
+        written.append(path.with_name(path.stem + end))
+        _replace(written[-1], partial(draw, results["device"], sections))
+    return written
+
+
+def text(results: dict, stem: str) -> str:
+    """The Markdown of a results file: its pictures, which are named after `stem`, and its sections."""
+    pictures = "".join(f"![{shows}]({stem}{end})\n\n" for end, shows, _, _ in _pictures(results))
+    return f"# {results['device']}\n\n{pictures}" + "\n".join(map(markdown, results["sections"].values()))
+
+
+def _pictures(results: dict) -> list[tuple[str, str, Callable, list[dict]]]:
+    """(end of the file's name, what it shows, what draws it, its sections) of every picture with something to draw."""
+    sections = list(results["sections"].values())
+    curves, lines = ([section for section in sections if kind in section] for kind in ("x", "line"))
+    bars = [s for s in sections if s not in curves and any("flop_ratio" in row for row in s["rows"])]
+    pictures = [
+        (".png", "Time and memory relative to no fusion", chart, bars),
+        ("-scaling.png", "Time relative to no fusion against batch and tokens", scaling_chart, curves),
+        ("-growth.png", "Time and memory against the number of pairs", growth_chart, lines),
+    ]
+    return [picture for picture in pictures if picture[-1]]
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -132,19 +142,77 @@ def aligned(columns: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
+def _conditions(section: dict) -> str:
+    ratios = f"; ratios are to {section['baseline']}" if "baseline" in section else ""
+    return f"Batch {section['batch']}, {section['dtype']}{ratios}."
+
+
 def markdown(section: dict) -> str:
     """One section: title, table, how it was measured, how to repeat it."""
     made = section["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     text = f"## {section['title']}\n\n"
-    ratios = f"; ratios are to {section['baseline']}" if "baseline" in section else ""
-    text += f"Batch {section['batch']}, {section['dtype']}{ratios}.\n\n"
+    text += f"{_conditions(section)}\n\n"
     text += table(section["rows"])
     text += "".join(f"\n- {note}" for note in section["notes"])
     return text + (
         f"\n- Made by `{section['command']}` on {made['date'][:10]}, commit {made['commit'] or 'unknown'}; "
         f"threads: {made['threads']}; {versions}.\n"
     )
+
+
+# The columns on a terminal; an op's time is that of its forward pass.
+TERMINAL = {
+    "": lambda row: row["name"],
+    "time": lambda row: _time(row.get("forward", row)["seconds"]["median"]),
+    "ratio (p20–p80)": lambda row: _plain(row.get("forward", row)["time_ratio"]),
+    "floor": lambda row: f"{row['flop_ratio']:.2f}",
+    "GFLOP": lambda row: f"{row['flop'] / 1e9:.1f}",
+    "MiB": lambda row: _number(row["peak_memory"] / MIB),
+    "ratio": lambda row: f"{row['memory_ratio']:.2f}",
+    "paper's ratios": lambda row: f"{row['paper']['time_ratio']:.2f}, {row['paper']['memory_ratio']:.2f}",
+    "both": lambda row: _time(row["both"]["seconds"]["median"]),
+    "both ratio": lambda row: _plain(row["both"]["time_ratio"]),
+}
+
+
+def _plain(quantiles: dict) -> str:
+    return f"{quantiles['median']:.2f} ({quantiles['p20']:.2f}–{quantiles['p80']:.2f})"
+
+
+def terminal(section: dict, width: int = 100) -> str:
+    """One section for a terminal: as many of the columns as fit. A row that was not measured says why."""
+    columns = [[heading, *(_cell(show, row) for row in section["rows"])] for heading, show in TERMINAL.items()]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        widths.pop()
+    lines = [*textwrap.wrap(section["title"], width), _conditions(section)]
+    for row, (name, *cells) in zip([{}, *section["rows"]], zip(*columns, strict=True), strict=True):
+        cells = [cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=False)]
+        unmeasured = "note" in row and not {"seconds", "forward"} & row.keys()
+        lines.append("  ".join([name.ljust(widths[0]), *([row["note"]] if unmeasured else cells)])[:width].rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def sentence(device: str, section: dict) -> str:
+    """What the table of an encoder pass shows."""
+    rows = {row["name"]: row for row in section["rows"]}
+    prices = [_price(kind, rows[f"{kind}, ours"], rows[f"{kind}, materialised"]) for kind in ("dense", "factorized")]
+    return f"On {device}, {'; '.join(prices)}."
+
+
+def _price(kind: str, ours: dict, materialised: dict) -> str:
+    if "time_ratio" not in ours:
+        return f"{kind} interactions were not measured ({ours['note']})"
+    time = ours["time_ratio"]["median"]
+    price = f"{kind} interactions take {time:.2f} times as long as no fusion (floor {ours['flop_ratio']:.2f})"
+    if "time_ratio" not in materialised:
+        return f"{price} and were not measured materialised ({materialised['note']})"
+    theirs = materialised["time_ratio"]["median"]
+    factor, how = max((theirs / time, "faster"), (time / theirs, "slower"))
+    than = f"{factor:.2f} times {how} than" if factor >= 1.005 else "as fast as"
+    return f"{price} and are {than} materialised ({theirs:.2f}; the paper: {materialised['paper']['time_ratio']:.2f})"
 
 
 INK, GRID, FLOOR = "#1f2933", "#e4e7eb", "#edae49"
@@ -272,5 +340,19 @@ def growth_chart(device: str, sections: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150, format="png", facecolor="white")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE", help="a .json or .jsonl file of bench/results/")
+    path = parser.parse_args().file
+    if not path.is_file():
+        parser.error(f"{path}: no such file")
+    if path.suffix == ".jsonl":
+        from bench.gpu import report as gpu_report
+
+        gpu_report.render(path)
+    else:
+        render(path)
+
+
 if __name__ == "__main__":
-    render(Path(sys.argv[1]))
+    main()

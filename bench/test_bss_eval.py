@@ -21,10 +21,10 @@ TOLERANCE = 1e-3  # dB
 ROWS = ("ours", "mir_eval")  # the slow one takes part in few rounds
 
 
-def signals(pairs: int) -> tuple[Tensor, Tensor]:
+def signals() -> tuple[Tensor, Tensor]:
     """References with the falling spectrum of sounds, and estimates with interference, echoes and noise."""
     generator = torch.Generator().manual_seed(0)
-    white, noise = torch.randn(2, pairs, 2, SAMPLES, generator=generator, dtype=torch.float64)
+    white, noise = torch.randn(2, PAIRS, 2, SAMPLES, generator=generator, dtype=torch.float64)
     references = torch.cumsum(white, -1) * 0.05 + white
     return references, references + 0.3 * references.roll(1, 1) + 0.1 * references.roll(9, -1) + 0.1 * noise
 
@@ -38,22 +38,22 @@ def by_mir_eval(references: np.ndarray, estimates: np.ndarray) -> list[np.ndarra
     return [np.stack(column) for column in zip(*scores, strict=True)]
 
 
-@pytest.fixture(scope="session")
-def table(device, effort, progress, publish):
+@pytest.fixture(scope="module", params=["bss_eval"])
+def section(request, device, progress, publish):
+    """The table, measured whole: its title, and for each row its results and recorded times."""
     title = "SDR, SIR and SAR (BSS Eval v3, 512 taps) of pairs of 3 s"
-    pairs = 4 if effort is measure.QUICK else PAIRS
     progress(title)
-    references, estimates = signals(pairs)
+    references, estimates = signals()
     arrays, ours = (references.numpy(), estimates.numpy()), (references.to(device), estimates.to(device))
     calls = {"ours": lambda: bss_eval(*ours), "mir_eval": lambda: by_mir_eval(*arrays)}
     expected = torch.from_numpy(np.stack(calls["mir_eval"]()))
     worst = (torch.stack(calls["ours"]()).cpu() - expected).abs().max().item()
     assert worst < TOLERANCE, f"off from mir_eval by {worst:.1e} dB"
-    times = measure.in_turns(calls, device, effort, progress=lambda text: progress(title, text))
+    times = measure.in_turns(calls, device, progress=lambda text: progress(title, text))
     rows = {name: {"name": name} | result for name, result in measure.summarise(times).items()}
-    publish("bss_eval", {
+    publish(request.param, {
         "title": title,
-        "batch": pairs,
+        "batch": PAIRS,
         "dtype": "float64",
         "baseline": "ours",
         "units": {"seconds": "s for all pairs"},
@@ -62,10 +62,10 @@ def table(device, effort, progress, publish):
         "notes": [f"mir_eval {mir_eval.__version__}, on the CPU, one pair after the other. Checked before timing: all "
                   f"figures agree to {worst:.0e} dB."],
     })  # fmt: skip
-    return title, rows, times
+    return title, {name: (row, times[name]) for name, row in rows.items()}
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_bss_eval(table, row, replay):
-    title, rows, times = table
-    replay(rows[row], times[row], group=title)
+def test_bss_eval(section, row, replay):
+    title, rows = section
+    replay(*rows[row], group=title)

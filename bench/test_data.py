@@ -26,6 +26,7 @@ from avfusion.synth.scene import Settings
 from bench import encoder, measure
 
 CLIPS, BATCH = 16, 16
+ROUNDS = 20  # of a profile
 BASELINE, LARGE = "mp4, 340 x 256", "mp4, 640 x 360"
 SHARDS = "shards, JPEG and FLAC"
 ROWS = (BASELINE, LARGE, SHARDS, "shards, JPEG and WAV", "memory, decoded")
@@ -48,7 +49,11 @@ STAGES = {
     },
 }
 WHOLE, REST = "whole clip", "everything else"
-PROFILES = [(source, stage) for source in STAGES for stage in (WHOLE, *STAGES[source], "augment", "collate", REST)]
+PROFILED = {"data_2_profile_0": BASELINE, "data_2_profile_1": SHARDS}
+
+
+def stages(source: str) -> tuple[str, ...]:
+    return (WHOLE, *STAGES[source], "augment", "collate", REST)
 
 
 class Decoded:
@@ -82,7 +87,7 @@ class Stopwatch:
         return timed
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sources(tmp_path_factory, progress):
     progress("making clips and shards")
     root = tmp_path_factory.mktemp("data")
@@ -132,24 +137,25 @@ def batches(source) -> Callable:
     return lambda: next(iter(training))
 
 
-@pytest.fixture(scope="session")
-def tables(sources, effort, progress, publish):
-    """Both kinds of table, measured whole: title -> its rows by name with the recorded times. On one thread."""
-    threads = torch.get_num_threads()
+@pytest.fixture(scope="module")
+def section(request, sources, progress, publish):
+    """One table, measured whole on one thread: its title, and for each row its results and recorded times."""
+    source, threads = PROFILED.get(request.param), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        made = {"rate": rate(sources, effort, progress, publish)}
-        return made | {source: profile(source, sources[source], effort, progress, publish) for source in STAGES}
+        made, times = profile(source, sources[source], progress) if source else rate(sources, progress)
+        publish(request.param, made)
     finally:
         torch.set_num_threads(threads)
+    return made["title"], {row["name"]: (row, times[row["name"]]) for row in made["rows"]}
 
 
-def rate(sources, effort, progress, publish) -> tuple[str, dict]:
+def rate(sources, progress) -> tuple[dict, dict[str, list[float]]]:
     calls = {name: batches(source) for name, source in sources.items()}
     for call in calls.values():
         call()
     title = "Loading clips for training: 224 x 224 pixels, 3 s, one core"
-    times = measure.in_turns(calls, torch.device("cpu"), effort, progress=lambda text: progress(title, text))
+    times = measure.in_turns(calls, torch.device("cpu"), progress=lambda text: progress(title, text))
     rows = {
         name: {"name": name, "per_second": BATCH / row["seconds"]["median"]} | row
         for name, row in measure.summarise(times).items()
@@ -166,14 +172,13 @@ def rate(sources, effort, progress, publish) -> tuple[str, dict]:
         f"{consumed:,.0f} videos/s. That is the work of {cores[SHARDS]:.0f} such cores with shards and of "
         f"{cores[BASELINE]:.0f} with video files.",
     ]
-    publish("data_1_loading", section(title, rows, BASELINE, notes))
-    return title, {name: (row, times[name]) for name, row in rows.items()}
+    return table(title, rows, BASELINE, notes), times
 
 
-def profile(name: str, source, effort, progress, publish) -> tuple[str, dict]:
+def profile(name: str, source, progress) -> tuple[dict, dict[str, list[float]]]:
     title = f"Where the time of a clip goes: {name}"
     training = ClipLoader(source, BATCH, train=True).clips
-    stages, times = [WHOLE, *STAGES[name], "augment", "collate", REST], defaultdict(list)
+    times = defaultdict(list)
 
     def load(epoch: int):
         return training.collate([training[epoch, index] for index in range(BATCH)])
@@ -181,7 +186,7 @@ def profile(name: str, source, effort, progress, publish) -> tuple[str, dict]:
     load(0)
     functions = [(stage, *function) for stage, functions in STAGES[name].items() for function in functions]
     functions += [("augment", training, "transform"), ("collate", training, "collate")]
-    for epoch in range(effort.max_rounds):
+    for epoch in range(ROUNDS):
         progress(title, f"round {epoch + 1}")
         watch = Stopwatch()
         with ExitStack() as patched:
@@ -189,17 +194,16 @@ def profile(name: str, source, effort, progress, publish) -> tuple[str, dict]:
                 timed = watch.around(stage, getattr(owner, function))
                 patched.enter_context(mock.patch.object(owner, function, timed))
             watch.around(REST, load)(epoch)
-        for stage in stages[1:]:
+        for stage in stages(name)[1:]:
             times[stage].append(watch.seconds[stage] / BATCH)
         times[WHOLE].append(sum(watch.seconds.values()) / BATCH)
-    times = {stage: times[stage] for stage in stages}
+    times = {stage: times[stage] for stage in stages(name)}
     rows = {stage: {"name": stage} | row for stage, row in measure.summarise(times).items()}
     notes = ["Seconds for a clip, each stage without those it calls. augment: crop, flip, float, normalise."]
-    publish(f"data_2_profile_{list(STAGES).index(name)}", section(title, rows, WHOLE, notes))
-    return title, {stage: (row, times[stage]) for stage, row in rows.items()}
+    return table(title, rows, WHOLE, notes), times
 
 
-def section(title: str, rows: dict[str, dict], baseline: str, notes: list[str]) -> dict:
+def table(title: str, rows: dict[str, dict], baseline: str, notes: list[str]) -> dict:
     units = {"seconds": "s", "per_second": "clips/s on one core, at the median time", "time_ratio": "to the baseline's"}
     return {
         "title": title, "batch": BATCH, "dtype": "float32", "baseline": baseline, "units": units,
@@ -207,13 +211,22 @@ def section(title: str, rows: dict[str, dict], baseline: str, notes: list[str]) 
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("section", ["data_1_loading"], indirect=True)
 @pytest.mark.parametrize("row", ROWS)
-def test_loading(tables, row, replay):
-    title, rows = tables["rate"]
+def test_loading(section, row, replay):
+    title, rows = section
     replay(*rows[row], group=title)
 
 
-@pytest.mark.parametrize(("source", "stage"), PROFILES)
-def test_profile(tables, source, stage, replay):
-    title, rows = tables[source]
-    replay(*rows[stage], group=title)
+@pytest.mark.parametrize("section", ["data_2_profile_0"], indirect=True)
+@pytest.mark.parametrize("row", stages(PROFILED["data_2_profile_0"]))
+def test_profile_of_a_video_file(section, row, replay):
+    title, rows = section
+    replay(*rows[row], group=title)
+
+
+@pytest.mark.parametrize("section", ["data_2_profile_1"], indirect=True)
+@pytest.mark.parametrize("row", stages(PROFILED["data_2_profile_1"]))
+def test_profile_of_shards(section, row, replay):
+    title, rows = section
+    replay(*rows[row], group=title)

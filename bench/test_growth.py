@@ -7,11 +7,7 @@ prints the peak memory of one point on the CPU, in bytes above the inputs, forwa
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from bench import measure
 from bench.attention import on_backend
 
 BATCH, HEADS, QUERIES, WIDTH, SCALE = 1, 12, 16, 16, 0.125
+MOST_SAMPLES = 20
 TOKENS = (100, 316, 1000, 3162, 4096, 10_000, 31_623, 100_000)
 # Line -> interaction, backend, and the most tokens a side that it is run with.
 LINES = {
@@ -57,22 +54,13 @@ def bind(line: str, tensors: list[torch.Tensor]):
 def peak_memory(line: str, tokens: int, tensors: list[torch.Tensor]) -> int:
     if tensors[0].is_cuda:
         return measure.peak_memory(bind(line, tensors)[1], tensors[0].device)
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.test_growth", line, str(tokens)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | measure.MALLOC_RETURNS_MEMORY,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {line!r} at {tokens} tokens failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    return int(measure.run_module("bench.test_growth", line, str(tokens)))
 
 
-@pytest.fixture(scope="session", params=LINES)
-def measured(request, device, effort, progress, publish):
-    """One line: its points, and pass -> tokens -> recorded times."""
-    line, dtype = request.param, torch.bfloat16 if device.type == "cuda" else torch.float32
+@pytest.fixture(scope="module", params=[f"growth: {line}" for line in LINES])
+def section(request, device, progress, publish):
+    """One line, measured whole: its name, and pass -> tokens -> recorded times."""
+    line, dtype = request.param.removeprefix("growth: "), torch.bfloat16 if device.type == "cuda" else torch.float32
     points, times = [], {"forward": {}, "both": {}}
     tensors = inputs(100, device, dtype)
     expected = on_backend(pair_attention, "reference", scale=SCALE, interaction=LINES[line][0])(
@@ -89,30 +77,29 @@ def measured(request, device, effort, progress, publish):
         for pass_, call in zip(times, bind(line, tensors), strict=True):
             call()
             once = measure.seconds(call, device)
-            rounds = 1 if once > 3 else min(effort.max_rounds, max(3, round(1 / once)))
+            rounds = 1 if once > 3 else min(MOST_SAMPLES, max(3, round(1 / once)))
             repeats = max(1, round(0.01 / once))
             times[pass_][tokens] = [measure.seconds(call, device, repeats) for _ in range(rounds)]
             point[pass_] = {"seconds": measure.quantiles(times[pass_][tokens]), "rounds": rounds}
         point["peak_memory"] = peak_memory(line, tokens, tensors)
         points.append(point)
-    section = {
+    publish(request.param, {
         "title": f"Growth of pair attention: {line}",
         "batch": f"{BATCH}, {HEADS} heads, {QUERIES} queries, width {WIDTH}",
         "dtype": str(dtype).removeprefix("torch."),
         "line": line,
         "units": {"seconds": "s for a call", "peak_memory": "bytes above the inputs, forward and backward"},
         "rows": points,
-        "notes": ["The smallest size agrees with the float64 reference. A point is timed in up to 20 samples; one that "
-                  "takes more than 3 s, once."],
-    }  # fmt: skip
-    publish(f"growth: {line}", section)
+        "notes": [f"The smallest size agrees with the float64 reference. A point is timed in up to {MOST_SAMPLES} "
+                  "samples; one that takes more than 3 s, once."],
+    })  # fmt: skip
     return line, times
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("pass_", ["forward", "both"])
-def test_growth(measured, pass_, tokens, replay):
-    line, times = measured
+def test_growth(section, pass_, tokens, replay):
+    line, times = section
     row = {"name": line, "note": f"{line} stops at {LINES[line][2]:,} tokens"}
     replay(row, times[pass_].get(tokens, []), group=f"growth, {pass_}, {tokens} tokens a side")
 
@@ -121,4 +108,4 @@ if __name__ == "__main__":
     tensors = inputs(int(sys.argv[2]), torch.device("cpu"), torch.float32)
     call = bind(sys.argv[1], tensors)[1]
     bind(sys.argv[1], inputs(8, torch.device("cpu"), torch.float32))[1]()
-    print(json.dumps(measure.peak_memory(call, torch.device("cpu"))))
+    print(measure.peak_memory(call, torch.device("cpu")))

@@ -34,8 +34,7 @@ def case(name: str, batch: int, tokens: int) -> Case:
     queries = LATENTS * HEADS
     product = 2 * batch * queries * tokens * DIM
     return Case(
-        module="bench.test_latent_attention",
-        name=name,
+        name=f"latent_attention: {name}",
         title=f"Latent attention: {LATENTS} latents x {HEADS} heads over {tokens} tokens of width {DIM}",
         batch=f"{batch}",
         rows=ROWS,
@@ -53,14 +52,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session", params=CASES.values(), ids=CASES)
-def measured(request, device, effort, progress, publish):
-    return request.param, run_case(request.param, device, effort, progress, publish)
+@pytest.fixture(scope="module", params=CASES)
+def section(request, device, progress, publish):
+    return run_case(CASES[request.param], device, progress, publish)
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("row", ROWS)
-def test_latent_attention(measured, row, pass_, replay):
-    case, results = measured
+def test_latent_attention(section, row, pass_, replay):
+    title, results = section
     result, times = results[row]
-    replay(result, times.get(pass_, []), group=f"{case.title}, {pass_}")
+    replay(result, times.get(pass_, []), group=f"{title}, {pass_}")

@@ -70,8 +70,7 @@ def case(name: str, title: str, interaction: str, batch: int, n1: int, n2: int, 
     if n1 * n2 > MANY_PAIRS:
         skipped = dict.fromkeys(("reference", "FlexAttention over pairs"), f"{n1 * n2:,} pairs a head: not run")
     return Case(
-        module="bench.test_pair_attention",
-        name=name,
+        name=f"pair_attention: {name}",
         title=f"Pair attention, {title}: {n1} + {n2} tokens, keys {dk} wide, values {dv}",
         batch=f"{batch}, {HEADS} heads, {QUERIES} queries",
         rows=rows(interaction),
@@ -97,16 +96,16 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session", params=CASES.values(), ids=CASES)
-def measured(request, device, effort, progress, publish):
-    return request.param, run_case(request.param, device, effort, progress, publish)
+@pytest.fixture(scope="module", params=CASES)
+def section(request, device, progress, publish):
+    return run_case(CASES[request.param], device, progress, publish)
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("row", rows("sum"))
-def test_pair_attention(measured, row, pass_, replay):
-    case, results = measured
+def test_pair_attention(section, row, pass_, replay):
+    title, results = section
     if row not in results:
         pytest.skip("no such row for products: eager has no algebra for them")
     result, times = results[row]
-    replay(result, times.get(pass_, []), group=f"{case.title}, {pass_}")
+    replay(result, times.get(pass_, []), group=f"{title}, {pass_}")

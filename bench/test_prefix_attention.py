@@ -40,8 +40,7 @@ ROWS = {
 def case(name: str, batch: int, tokens: int, prefix: int) -> Case:
     product = 2 * batch * HEADS * tokens * (tokens + prefix) * WIDTH
     return Case(
-        module="bench.test_prefix_attention",
-        name=name,
+        name=f"prefix_attention: {name}",
         title=f"Prefix attention: {tokens} tokens and a prefix of {prefix}, {WIDTH} wide",
         batch=f"{batch}, {HEADS} heads",
         rows=ROWS,
@@ -64,14 +63,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="session", params=CASES.values(), ids=CASES)
-def measured(request, device, effort, progress, publish):
-    return request.param, run_case(request.param, device, effort, progress, publish)
+@pytest.fixture(scope="module", params=CASES)
+def section(request, device, progress, publish):
+    return run_case(CASES[request.param], device, progress, publish)
 
 
 @pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("row", ROWS)
-def test_prefix_attention(measured, row, pass_, replay):
-    case, results = measured
+def test_prefix_attention(section, row, pass_, replay):
+    title, results = section
     result, times = results[row]
-    replay(result, times.get(pass_, []), group=f"{case.title}, {pass_}")
+    replay(result, times.get(pass_, []), group=f"{title}, {pass_}")

@@ -46,10 +46,11 @@ def saved_bytes(loss, model: AVMAE) -> int:
     return sum(kept.values())
 
 
-@pytest.fixture(scope="session", params=CONFIGS)
-def table(request, device, effort, progress, publish):
-    kind, dtype = request.param, torch.bfloat16 if device.type == "cuda" else torch.float32
-    batch = 1 if effort is measure.QUICK else BATCH[device.type]
+@pytest.fixture(scope="module", params=[f"pretrain_{kind}" for kind in CONFIGS])
+def section(request, device, progress, publish):
+    """One table, measured whole: its title, and for each row its results and recorded times."""
+    kind, dtype = request.param.removeprefix("pretrain_"), torch.bfloat16 if device.type == "cuda" else torch.float32
+    batch = BATCH[device.type]
     torch.manual_seed(0)
     models = {"ours": AVMAE(DeepAVFusion(CONFIGS[kind])), "no fusion": AVMAE(DeepAVFusion(NONE))}
     models["materialised"] = models["ours"]
@@ -90,7 +91,7 @@ def table(request, device, effort, progress, publish):
     assert worst < TOLERANCE[dtype], f"{kind}: loss or gradients are off by {worst:.1e} relative"
 
     title = f"A step of masked pre-training, ViT-B and decoders, {kind}"
-    times = measure.in_turns(steps, device, effort, progress=lambda text: progress(f"{title}: timing", text))
+    times = measure.in_turns(steps, device, progress=lambda text: progress(f"{title}: timing", text))
     summary = measure.summarise(times)
     rows = [
         {"name": f"{kind}, {name}" if name != "no fusion" else name, "saved": saved[name],
@@ -98,7 +99,7 @@ def table(request, device, effort, progress, publish):
          "per_second": batch / summary[name]["seconds"]["median"]} | summary[name]
         for name in ROWS
     ]  # fmt: skip
-    section = {
+    publish(request.param, {
         "title": title,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch.") + (" autocast" if device.type == "cuda" else ""),
@@ -112,12 +113,11 @@ def table(request, device, effort, progress, publish):
             "Checked before timing: the loss, and the gradients of the fusion blocks as one vector, of ours and "
             f"materialised differ by {worst:.0e} relative.",
         ],
-    }
-    publish(f"pretrain_{kind}", section)
-    return title, dict(zip(ROWS, rows, strict=True)), times
+    })  # fmt: skip
+    return title, {name: (row, times[name]) for name, row in zip(ROWS, rows, strict=True)}
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_pretrain(table, row, replay):
-    title, rows, times = table
-    replay(rows[row], times[row], group=title)
+def test_pretrain(section, row, replay):
+    title, rows = section
+    replay(*rows[row], group=title)

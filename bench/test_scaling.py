@@ -15,6 +15,7 @@ from bench import encoder, measure
 from bench.encoder import BASELINE, PASSES, ROWS, TWINS
 
 FULL = PASSES[0]
+EFFORT = measure.Effort(max_rounds=9)
 KINDS = (BASELINE.name, *(name for twins in TWINS for name in twins))
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest relative difference of the outputs
 MOST_FLOP = {"cpu": 2.5e12, "cuda": float("inf")}  # of a call, or the row is left out
@@ -51,7 +52,7 @@ def label(curve: str, point: Point) -> str:
 
 
 @torch.no_grad()
-def measure_point(curve: str, point: Point, device, effort, progress) -> tuple[list[dict], dict[str, list[float]]]:
+def measure_point(curve: str, point: Point, device, progress) -> tuple[list[dict], dict[str, list[float]]]:
     """The rows of one point, relative to no fusion there, and their recorded times."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     title, x = f"{TITLES[curve]}: {label(curve, point)}", point.batch if curve == "batch" else point.frames
@@ -85,7 +86,7 @@ def measure_point(curve: str, point: Point, device, effort, progress) -> tuple[l
             error = encoder.difference(outputs[ours], outputs[materialised])
             assert error < TOLERANCE[dtype], f"{title}: {ours} is off by {error:.1e}"
     outputs.clear()
-    times = measure.in_turns(calls, device, effort, progress=lambda text: progress(title, text))
+    times = measure.in_turns(calls, device, EFFORT, progress=lambda text: progress(title, text))
     for name, result in measure.summarise(times).items():
         rows[name] |= result | {"per_second": point.batch / result["seconds"]["median"]}
         if "peak_memory" in rows[name]:
@@ -93,18 +94,16 @@ def measure_point(curve: str, point: Point, device, effort, progress) -> tuple[l
     return list(rows.values()), times
 
 
-@pytest.fixture(scope="session", params=POINTS)
-def curve(request, device, effort, progress, publish):
-    """One curve, measured whole: (row, recorded times) by the row's name."""
-    name = request.param
-    points = POINTS[name][device.type]
-    effort = replace(effort, max_rounds=min(effort.max_rounds, 9))
-    rows, recorded = [], {}
-    for point in points[:1] if effort.max_rounds == 1 else points:
-        made, times = measure_point(name, point, device, effort, progress)
+@pytest.fixture(scope="module", params=[f"scaling_{curve}" for curve in POINTS])
+def section(request, device, progress, publish):
+    """One curve, measured whole: its name, and (row, recorded times) by the row's name."""
+    name = request.param.removeprefix("scaling_")
+    points, rows, recorded = POINTS[name][device.type], [], {}
+    for point in points:
+        made, times = measure_point(name, point, device, progress)
         rows += made
         recorded |= {row["name"]: (row, times.get(row["line"], [])) for row in made}
-    publish(f"scaling_{name}", {
+    publish(request.param, {
         "title": f"{TITLES[name]}: ViT-B encoder, inference",
         "batch": "as named" if name == "batch" else points[0].batch,
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
@@ -119,12 +118,10 @@ def curve(request, device, effort, progress, publish):
 
 @pytest.mark.parametrize("row", KINDS)
 @pytest.mark.parametrize("index", range(5))
-def test_scaling(curve, index, row, device, replay):
-    name, recorded = curve
+def test_scaling(section, index, row, device, replay):
+    name, recorded = section
     points = POINTS[name][device.type]
     if index >= len(points):
         pytest.skip(f"{len(points)} points on this device")
-    key = f"{label(name, points[index])}: {row}"
-    replay(
-        *recorded.get(key, ({"note": "not with --quick"}, [])), group=f"{TITLES[name]}: {label(name, points[index])}"
-    )
+    point = label(name, points[index])
+    replay(*recorded[f"{point}: {row}"], group=f"{TITLES[name]}: {point}")

@@ -1,7 +1,9 @@
-"""The benchmark's plumbing: results files, their rendering, timing in turns, and the options of pytest."""
+"""The benchmark's plumbing: results files, their rendering, timing in turns, peak memory."""
 
+import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from bench import encoder, measure, report
 
 ROOT = Path(__file__).parents[2]
+COMMITTED = sorted((ROOT / "bench/results").glob("cpu-*.json"))
 CPU = torch.device("cpu")
 
 
@@ -52,15 +55,16 @@ OP_ROWS = [
 
 
 def written(folder, sections):
-    path = report.save(folder, "cpu-x", "CPU X", sections)
-    report.render(path)
+    path = folder / "cpu-x.json"
+    report.save(path, "CPU X", sections, [])
+    drawn = report.render(path)
+    assert set(folder.iterdir()) == {path, *drawn}
     return path
 
 
 def test_files_of_a_run(tmp_path):
     path = written(tmp_path, {"encoder": ENCODER})
     text = path.with_suffix(".md").read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu-x.json", "cpu-x.md", "cpu-x.png"]
     for expected in ("peak memory, MiB", "videos/s", "GFLOP/video", "**12.00 ×**", "31.6 GB", "3.37 ×", "out of memory",
                      "`pytest bench/ --benchmark`", "commit abc1234", "A note.", "cpu-x.png", "1.250 ×"):  # fmt: skip
         assert expected in text
@@ -91,10 +95,10 @@ def test_rows_that_need_cuda_say_so():
 
 
 def test_a_run_replaces_only_its_sections(tmp_path):
-    report.save(tmp_path, "cpu-x", "CPU X", {"a": ENCODER, "b": section("Op, old", OP_ROWS)})
+    report.save(tmp_path / "cpu-x.json", "CPU X", {"a": ENCODER, "b": section("Op, old", OP_ROWS)}, ["b"])
     path = written(tmp_path, {"b": section("Op, new", OP_ROWS)})
-    sections = json.loads(path.read_text())["sections"]
-    assert sections == {"a": ENCODER, "b": section("Op, new", OP_ROWS)}
+    new = {"a": ENCODER, "b": section("Op, new", OP_ROWS)}
+    assert json.loads(path.read_text()) == {"device": "CPU X", "sections": new}
     text = path.with_suffix(".md").read_text()
     assert "Op, new" in text
     assert "Op, old" not in text
@@ -102,18 +106,75 @@ def test_a_run_replaces_only_its_sections(tmp_path):
     assert "not built" in text
 
 
-def test_rendering_again_gives_the_same(tmp_path):
-    path = written(tmp_path, {"encoder": ENCODER})
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_rendering_again_gives_the_same(path):
+    assert report.text(json.loads(path.read_text()), path.stem) == path.with_suffix(".md").read_text()
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    path = written(tmp_path, {"op": section("Op", OP_ROWS)})
     before = path.with_suffix(".md").read_text()
     path.with_suffix(".md").unlink()
-    subprocess.run([sys.executable, "-m", "bench.report", str(path)], cwd=ROOT, check=True)
+    monkeypatch.setattr(sys, "argv", ["bench.report", str(path)])
+    report.main()
     assert path.with_suffix(".md").read_text() == before
+
+    monkeypatch.setattr(sys, "argv", ["bench.report", "no.json"])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "no.json: no such file" in capsys.readouterr().err
 
 
 def test_columns_line_up():
     lines = report.table(ENCODER["rows"]).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_terminal_shows_every_section_in_100_columns(path):
+    sections = json.loads(path.read_text())["sections"]
+    assert len(sections) > 20
+    for section in sections.values():
+        lines = report.terminal(section).splitlines()
+        assert max(map(len, lines)) <= 100
+        rows = lines[-len(section["rows"]) :]
+        assert all(shown.startswith(row["name"]) for row, shown in zip(section["rows"], rows, strict=True))
+        assert lines[-len(rows) - 1].startswith(" ")  # the headings
+
+
+def test_a_terminal_shows_all_of_table_6():
+    lines = report.terminal(ENCODER).splitlines()
+    assert lines[:2] == ["Encoder", "Batch 4, float32; ratios are to no fusion."]
+    assert lines[2].split() == ["time", "ratio", "(p20–p80)", "floor", "GFLOP", "MiB", "ratio", "paper's", "ratios"]
+    shown = ["12 s", "12.00 (10.80–13.20)", "1.25", "51.0", "2,100", "21.00", "3.37, 3.07"]
+    assert re.split("  +", lines[4]) == ["dense, materialised", *shown]
+    assert len(lines[2]) == len(lines[4])
+    assert lines[6] == "factorized, ours     out of memory"
+    assert report.terminal(ENCODER, width=50).splitlines()[4].split("  ")[-1] == "12.00 (10.80–13.20)"
+
+
+SLOWER = "dense interactions take 1.10 times as long as no fusion (floor 1.25)"
+
+
+@pytest.mark.parametrize(
+    ("materialised", "shown"),
+    [
+        (12.0, f"{SLOWER} and are 10.91 times faster than materialised (12.00; the paper: 3.37)"),
+        (0.55, f"{SLOWER} and are 2.00 times slower than materialised (0.55; the paper: 3.37)"),
+        (1.104, f"{SLOWER} and are as fast as materialised (1.10; the paper: 3.37)"),
+        (None, f"{SLOWER} and were not measured materialised (out of memory)"),
+    ],
+)
+def test_the_sentence_is_true_whatever_comes_out(materialised, shown):
+    made = copy.deepcopy(ENCODER)
+    if materialised is None:
+        made["rows"][1] = {"name": "dense, materialised", "note": "out of memory"}
+    else:
+        made["rows"][1]["time_ratio"]["median"] = materialised
+    made["rows"].append({"name": "factorized, materialised", "note": "out of memory"})
+    sentence = report.sentence("CPU X", made)
+    assert sentence == f"On CPU X, {shown}; factorized interactions were not measured (out of memory)."
 
 
 def test_rounds_are_paired_with_the_baseline():
@@ -133,46 +194,44 @@ def test_rounds_are_paired_with_the_baseline():
 
 
 MEASURE = """
-import sys, torch
+import torch
 from bench import measure
-function = {"resident": lambda call: measure.peak_memory(call, torch.device("cpu")), "sampled": measure._sampled_peak}
-print(function[sys.argv[1]](lambda: torch.ones(2**24).sum()))
+call = lambda: torch.ones(2**24).sum()
+print(measure.peak_memory(call, torch.device("cpu")), measure._sampled_peak(call))
 """
 
 
-@pytest.mark.parametrize("how", ["resident", "sampled"])
-def test_peak_memory(how):
+def test_peak_memory():
+    """Both ways, in a process of their own: it imports torch."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, how], cwd=ROOT, env=os.environ | measure.MALLOC_RETURNS_MEMORY,
+        [sys.executable, "-c", MEASURE], cwd=ROOT, env=os.environ | measure.MALLOC_RETURNS_MEMORY,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert int(done.stdout) == pytest.approx(2**26, rel=0.1)
+    assert [int(peak) for peak in done.stdout.split()] == pytest.approx([2**26, 2**26], rel=0.1)
 
 
-def test_a_pass_that_runs_out_of_memory_is_left_out(monkeypatch):
-    asked = []
+def test_a_row_that_runs_out_of_memory_is_left_out(monkeypatch):
+    runs, asked = [("full", "token"), ("full", "late"), ("masked", "token")], []
 
     def run(command, **_):
-        asked.append(command[-len(encoder.PASSES) :] if not asked else command[-1:])
-        line, code = ('["full", 1]\n', -signal.SIGKILL) if len(asked) == 1 else ('["training", 3]\n', 0)
-        return subprocess.CompletedProcess(command, code, stdout=line, stderr="")
+        asked.append(command[-2:])
+        printed, code = ("7\n", -signal.SIGKILL) if len(asked) == 1 else ("9\n", 0)
+        return subprocess.CompletedProcess(command, code, stdout=printed, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert encoder.peak_memory_on_cpu(encoder.BASELINE, 4) == {"full": 1, "training": 3}
-    assert asked == [["full", "masked", "training"], ["training"]]
+    assert encoder.peak_memory_on_cpu(runs, 4) == {("full", "token"): 7, ("masked", "token"): 9}
+    assert [json.loads(runs) for _, runs in asked] == [[["full", "token"], ["full", "late"], ["masked", "token"]],
+                                                       [["masked", "token"]]]  # fmt: skip
+
+
+def test_a_process_that_fails_says_why(monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no such row")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"python -m bench.encoder 4 '\[\[\]\]' failed:\nno such row"):
+        encoder.peak_memory_on_cpu([[]], 4)
 
 
 def test_slug():
     assert measure.slug("NVIDIA H200") == "nvidia-h200"
     assert measure.slug("CPU AMD EPYC, 2 cores") == "cpu-amd-epyc-2-cores"
     assert measure.device_name(CPU).startswith("CPU ")
-
-
-def test_benchmarks_skip_unless_asked():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/", "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "pytest bench/ --benchmark" in done.stdout
-    assert "passed" not in done.stdout
