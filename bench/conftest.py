@@ -38,11 +38,10 @@ class Run:
         self.full = full
         self.sections = {name: self.known[name] for name in sections if full and self._kept(name)}
         self.left = [name for name in sections if name not in self.sections]
-        took = [self.known.get(name, {}).get("took") for name in self.left]
-        self.recorded = None not in took
+        took = {name: section["took"] for name, section in self.known.items() if "took" in section}
+        self.recorded = took.keys() >= set(self.left)
         # Where nothing is recorded: about what it is on two CPU cores.
-        rough = [240 if name in TABLE_6 else 120 for name in self.left]
-        self.expected = sum(known or guess for known, guess in zip(took, rough, strict=True))
+        self.expected = sum(took.get(name, 240 if name in TABLE_6 else 120) for name in self.left)
         self.begun = self.lap = time.perf_counter()
 
     def _kept(self, name: str) -> bool:
@@ -52,6 +51,7 @@ class Run:
         return all(self.known[name]["environment"][key] == now[key] for key in ("commit", "versions"))
 
     def add(self, name: str, section: dict) -> None:
+        """Write a section that has been measured."""
         now = time.perf_counter()
         made = {"took": round(now - self.lap), "command": self.command,
                 "environment": measure.environment(measure.DEVICE)}  # fmt: skip
@@ -84,7 +84,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    if config.option.benchmark:
+    if config.getoption("--benchmark", False):  # not there for `pytest .`, which finds this file later
         config.stash[RUN] = Run(shlex.join(["pytest", *config.invocation_params.args]))
 
 
@@ -108,9 +108,9 @@ def pytest_collection_modifyitems(config, items):
     ours = {item: item.callspec.params["section"] for item in items if item.path.is_relative_to(HERE)}
     for item in ours:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-        if not config.option.benchmark:
+        if RUN not in config.stash:
             item.add_marker(pytest.mark.skip(reason="benchmarks run with: pytest bench/ --benchmark"))
-    if not config.option.benchmark:
+    if RUN not in config.stash:
         return
     run, full = config.stash[RUN], config.option.full
     sections = [name for name in dict.fromkeys(ours.values()) if full or name in TABLE_6]
@@ -122,10 +122,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_report_collectionfinish(config):
-    if not config.option.benchmark:
+    if RUN not in config.stash:
         return []
     run = config.stash[RUN]
-    by = "as recorded on this device" if run.recorded else "as on two CPU cores; nothing is recorded for this device"
+    by = "as recorded on this device" if run.recorded else "as on two CPU cores; this device has no full record"
     minutes, count = max(1, round(run.expected / 60)), len(run.left)
     lines = [f"about {minutes} min ({by}); {count} section{'s'[: count != 1]}, each written when it is measured"]
     if run.sections:
@@ -153,7 +153,7 @@ def progress(request):
     shown = None
 
     def clock(seconds: float) -> str:
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
     def show(stage: str, detail: str = "") -> None:
         nonlocal shown
@@ -194,7 +194,8 @@ def replay(benchmark):
 
 @pytest.hookimpl(trylast=True)  # what it shows stands last
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.option.benchmark or not (run := config.stash[RUN]).sections:
+    run = config.stash.get(RUN, None)
+    if run is None or not run.sections:
         return
     terminalreporter.section(run.device)
     for section in run.sections.values():

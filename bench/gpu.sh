@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU says of this code, in one call of at most nine minutes, on a bare machine with torch, triton, timm, einops,
 # pytest, pytest-xdist and nvcc. bench/gpu/ measures; each part is a process with a limit, so that what fails or is cut
-# short costs nothing but itself. Rows go to ${OUT:-bench/results}/<gpu>.jsonl as they are made; draw them, on any machine,
+# short costs nothing but itself. Rows go to ${OUT:-bench/results}/<gpu>-gpu.jsonl as they are made; draw them, on any machine,
 # with `python -m bench.report FILE`.
 #
 #     bench/gpu.sh               all of it

@@ -20,10 +20,10 @@ BATCH = {"cpu": 4, "cuda": 64}
 FLOAT64_TOLERANCE = 1e-10  # largest absolute difference
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest relative difference of the timed outputs
 SECTIONS = {f"encoder_{number}_{pass_.name}": pass_ for number, pass_ in enumerate(PASSES, 1)}
-# Seconds that ours, eager and the baseline are timed for; the others, which are context, a third. On two slow cores
-# both inference tables then take seven minutes.
+# Seconds that ours, eager and the baseline are timed for, each; what is context, a part. On two slow cores both
+# inference tables then take seven minutes.
 SECONDS = {"full": 20.0, "masked": 11.0, "training": 13.0}
-CONTEXT = ("late", "token", "materialised")  # by the last word of a row's name
+CONTEXT, PART = ("late", "token", "materialised"), 0.4  # by the last word of a row's name
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def section(request, exact, models, memory, device, progress, publish):
         names = [row.name for row in shown if (row.name.rpartition(", ")[2] in CONTEXT) == context]
         turns = {name: calls[name] for name in dict.fromkeys((BASELINE.name, *names)) if name in calls}
         seconds = SECONDS[pass_.name]
-        effort = measure.Effort(seconds / 3, min_rounds=2) if context else measure.Effort(seconds)
+        effort = measure.Effort(PART * seconds, min_rounds=2) if context else measure.Effort(seconds)
         timed = measure.in_turns(turns, device, effort, progress=lambda text: progress(f"{pass_.title}: timing", text))
         times, summary = times | timed, summary | measure.summarise(timed)
     rows = [result(pass_, row, summary.get(row.name), peaks, batch) for row in shown]

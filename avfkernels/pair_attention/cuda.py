@@ -176,4 +176,4 @@ def formula(ctx):
 
 
 def is_faster(**_) -> bool:
-    return False  # on an H200 the kernel is faster, but its call costs the host more (bench/results/nvidia-h200.md)
+    return False  # on an H200 the kernel is faster, but its call costs the host more (bench/results/nvidia-h200-gpu.md)

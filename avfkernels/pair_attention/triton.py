@@ -36,7 +36,7 @@ def why_not(*, q, k1, v1, k2, v2, **_) -> str | None:
 
 
 def is_faster(**_) -> bool:
-    return False  # on an H200 the kernel is faster, but its call costs the host more (bench/results/nvidia-h200.md)
+    return False  # on an H200 the kernel is faster, but its call costs the host more (bench/results/nvidia-h200-gpu.md)
 
 
 def _separates(interaction: str, dropout_p: float) -> bool:

@@ -32,7 +32,7 @@ def why_not(*, q, k, v, k_prefix, v_prefix, **_) -> str | None:
 
 
 def is_faster(**_) -> bool:
-    return False  # forward it is faster on an H200 (bench/results/nvidia-h200.md); backward is not measured
+    return False  # forward it is faster on an H200 (bench/results/nvidia-h200-gpu.md); backward is not measured
 
 
 def fake(q, k, v, k_prefix, v_prefix, scale, return_lse, save):

@@ -2,9 +2,9 @@
 
     python -m bench.gpu PART [PART ...] --seconds S    build, encoder, pretrain, ops, compiled, tests, sanitizers
 
-A measurement is a row of JSON in $OUT/<device>.jsonl, flushed at once. What fails, runs out of memory or finds no time
-left is a row too. Outputs are compared with the materialised equations before they are timed. Without a GPU, and with
-AVF_BENCH_TOY=1 in place of full sizes, every line runs on a CPU: `bench/gpu.sh --rehearse`.
+A measurement is a row of JSON in $OUT/<device>-gpu.jsonl, flushed at once. What fails, runs out of memory or finds no
+time left is a row too. Outputs are compared with the materialised equations before they are timed. Without a GPU, and
+with AVF_BENCH_TOY=1 in place of full sizes, every line runs on a CPU: `bench/gpu.sh --rehearse`.
 """
 
 from __future__ import annotations

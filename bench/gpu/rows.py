@@ -32,7 +32,7 @@ class Rows:
     def __init__(self, part: str, seconds: float):
         self.deadline = time.monotonic() + seconds
         name = measure.device_name(DEVICE)
-        self.path = Path(os.environ.get("OUT", ROOT / "bench" / "results")) / f"{measure.slug(name)}.jsonl"
+        self.path = Path(os.environ.get("OUT", ROOT / "bench" / "results")) / f"{measure.slug(name)}-gpu.jsonl"
         triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
         made = measure.environment(DEVICE)
         self.common = {"part": part, "device": name, "commit": made["commit"], "date": made["date"],

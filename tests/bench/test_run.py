@@ -34,6 +34,12 @@ def test_made_up(section, row, replay):
 """
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Not as a process of pytest-xdist, where pytest-benchmark does nothing."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def run(pytester, monkeypatch):
     """run(arguments): pytest in a folder with that benchmark, and with results/ beside it."""
@@ -45,7 +51,6 @@ def run(pytester, monkeypatch):
     monkeypatch.setattr(conftest, "HERE", pytester.path)
     monkeypatch.setattr(conftest, "RESULTS", pytester.path / "results")
     monkeypatch.setattr(measure, "_commit", lambda: "abc1234")
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     plain = ("-p", "no:hypothesispytest")  # which takes a second to say nothing
     return lambda *arguments: pytester.runpytest_inprocess(*plain, *arguments, no_reraise_ctrlc=True)
 
@@ -69,7 +74,7 @@ def test_table_6_alone_is_measured_written_and_shown(run, pytester):
     assert sections["encoder_1_full"]["command"].endswith(" --benchmark -n 2 --dist loadgroup")
 
     text = result.stdout.str()
-    assert "about 8 min (as on two CPU cores; nothing is recorded for this device); 2 sections, each" in text
+    assert "about 8 min (as on two CPU cores; this device has no full record); 2 sections, each" in text
     result.stdout.fnmatch_lines(["0:00 of about 8:00  measuring encoder_1_full of 2"])
     assert "dense, materialised       20.2 s  6.14 (6.13–6.17)   6.36  326.9   560  21.33      3.37, 3.07" in text
     assert f"On {results(pytester)['device']}, dense interactions take 1.10 times as long" in " ".join(text.split())
