@@ -189,7 +189,7 @@ def test_attention_maps_are_those_of_the_tokens_that_enter_the_layer():
     assert build(fusion="none").attention_maps(*inputs) == {}
 
 
-# Traces a layer, forward and backward, of each fusion, and of one of them for both kinds of input: half a minute in all.
+# Traces a layer, forward and backward, of each fusion, and of one for both kinds of input: half a minute in all.
 @pytest.mark.parametrize(("fusion", "kinds"), [("factorized", 2), ("dense", 1), ("token", 1), ("none", 1)])
 def test_compiles_whole_once_for_full_and_once_for_masked_input_forward_and_backward(fusion, kinds):
     torch._dynamo.reset()
