@@ -112,6 +112,7 @@ for case in cases:
 """
 
 
+# Sixteen million pairs, four times.
 def test_nothing_is_allocated_that_grows_with_the_number_of_pairs():
     """4096 x 4096 pairs: one float for each would be 64 MiB, the gradients of all tokens are 1 MiB."""
     done = subprocess.run(

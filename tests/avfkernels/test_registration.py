@@ -69,6 +69,7 @@ def test_derivatives_of_lse_and_of_products_equal_finite_differences(interaction
     )
 
 
+# Traces each op twice; the first trace of a process imports the compiler.
 @pytest.mark.parametrize(("op", "inputs"), OPS)
 def test_compiles_whole_with_dynamic_shapes(op, inputs):
     torch._dynamo.reset()

@@ -237,6 +237,7 @@ def run(*arguments, cwd):
     )
 
 
+# A process of its own, which starts torch.
 def test_program_embeds_with_a_checkpoint(clips, tmp_path):
     from avfusion.checkpoint import save_encoder
 

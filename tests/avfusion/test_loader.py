@@ -378,6 +378,7 @@ for step, batch in enumerate(loader):
 """
 
 
+# A process of its own, which starts torch and a worker.
 def test_killed_process_resumes_at_the_next_clip(folder):
     table = folder(12)
     done = subprocess.run([sys.executable, "-c", KILLED, str(table.root)], capture_output=True, text=True, timeout=120)

@@ -184,6 +184,7 @@ def test_reconstructions_show_input_hidden_and_predicted_in_the_inputs_own_units
         torch.testing.assert_close(filled[hidden], (pred * deviation + mean)[hidden])
 
 
+# Traces encoder and decoders, forward and backward: ten seconds.
 def test_compiles_whole_forward_and_backward():
     torch._dynamo.reset()
     model, exact = build(depth=1, decoder_depth=1), build(torch.float64, depth=1, decoder_depth=1)

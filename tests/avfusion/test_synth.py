@@ -179,6 +179,7 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert all(name.endswith(".part") for name in tree(tmp_path))
 
 
+# Eighty clips are rendered and encoded.
 def test_killed_in_the_middle_it_goes_on_and_gives_the_same(tmp_path):
     settings = replace(SMALL, clips=40)
     options = f"--clips {settings.clips} --size {settings.size} --seconds {settings.seconds} --workers 2".split()
@@ -251,6 +252,7 @@ def test_bad_options_are_named(tmp_path, capsys, options, message):
     assert not (tmp_path / "out").exists()
 
 
+# Worker processes start anew.
 def test_a_killed_worker_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_make", _die)
     with pytest.raises(command.BrokenProcessPool, match="fewer --workers"):

@@ -177,6 +177,7 @@ def test_other_classes_than_those_of_training_are_refused_but_where_a_task_has_n
     assert main(["retrieve", "eval", str(trained("retrieve")), "--eval-data", str(tmp_path / "other"), *out]) == 0
 
 
+# A set and a run of their own.
 def test_clips_with_several_labels_are_evaluated_too(encoder, tmp_path):
     data, run = tmp_path / "clips", tmp_path / "run"
     synthesize(data, Settings(layout="audioset", clips=24, classes=3, size=64, seconds=1.5, fps=4))
@@ -224,6 +225,7 @@ def test_a_step_that_is_not_finite_leaves_batch_norms_as_they_were(encoder, clip
     assert all(x.isfinite().all() for x in model.state_dict().values())
 
 
+# Scores of separation, with their baselines, twice.
 def test_partners_in_an_evaluation_are_the_same_each_time(encoder, clips, tmp_path):
     options = ["--eval-split", "test", "--blr", "0"]
     assert train("separate", encoder, clips, tmp_path / "run", *options) == 0

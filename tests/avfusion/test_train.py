@@ -118,6 +118,7 @@ def test_a_run_leaves_what_it_was_made_with_and_its_last_checkpoints(config, cli
     assert (state["step"], state["bad"], state["loader"]["epoch"]) == (9, 0, 3)
 
 
+# Five starts of a run, nine steps, each with its checkpoint.
 def test_crashes_at_any_step_and_resuming_give_the_same_bits(config, undisturbed, tmp_path, monkeypatch):
     config, out = replace(config, save_steps=1, keep=1), tmp_path / "run"
     for steps in (3, 1, 4):  # the first epoch's end, twice the same step, the middle of an epoch
@@ -184,6 +185,7 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(config, undisturbed, tmp_pat
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+# Four evaluations, with their pictures.
 def test_an_evaluation_that_sigterm_left_out_is_made_up_for(config, tmp_path, monkeypatch):
     config, out = replace(config, eval_clips=9, eval_split="all", eval_epochs=1), tmp_path / "run"
     at_step(monkeypatch, STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
