@@ -323,7 +323,10 @@ def _with_clips(error: str) -> str:
     at_hand = [(pid, loader.source.name(index)) for loader in _LOADERS for pid, index in loader.clips.at_hand.tolist()
                if pid >= 0]  # fmt: skip
     if {pid for pid, _ in at_hand} <= {child.pid for child in running}:  # one has closed its files and is about to end
-        multiprocessing.connection.wait([child.sentinel for child in running], timeout=5)
+        ended = multiprocessing.connection.wait([child.sentinel for child in running], timeout=5)
+        for child in running:
+            if child.sentinel in ended:
+                child.join(timeout=5)  # the system closes its end of the sentinel before the process is gone
         running = multiprocessing.active_children()
     names = [name for pid, name in at_hand if pid not in {child.pid for child in running}]
     return f"{error.rstrip(' .')}. It was reading {', '.join(names) or 'nothing yet'}"

@@ -1,11 +1,14 @@
 """The loader: which clips come when, what becomes of those that fail, and resuming at the next clip."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from PIL import Image
 from avfusion import ClipError, data, read_clip
 from avfusion.clips import Clip, image_transform
 from avfusion.data import Row
+from avfusion.data import loader as loader_module
 from avfusion.data.loader import order
 
 from .media import noise, number, write_clip
@@ -299,6 +303,25 @@ def test_death_of_a_worker_names_the_clip_at_hand(clip, pause):
     assert re.search(
         rf"RuntimeError: DataLoader worker \(pid.* It was reading {clip.parent}/5\.mp4$", done.stderr, re.M
     )
+
+
+def close_files_and_end():
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    time.sleep(0.5)
+    os._exit(1)
+
+
+def test_a_worker_that_has_closed_its_files_and_still_runs_counts_as_dead(monkeypatch):
+    mine = loader(Fake(8), num_workers=2)
+    monkeypatch.setattr(loader_module, "_LOADERS", {mine})
+    alive, ending = (multiprocessing.get_context("fork").Process(target=target, args=args, daemon=True)
+                     for target, args in ((time.sleep, (60,)), (close_files_and_end, ())))  # fmt: skip
+    try:
+        alive.start(), ending.start()
+        mine.clips.at_hand.copy_(torch.tensor([[alive.pid, 3], [ending.pid, 5]]))
+        assert loader_module._with_clips("A worker is gone.") == "A worker is gone. It was reading fake/5.mp4"
+    finally:
+        alive.kill(), alive.join(), ending.join()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
