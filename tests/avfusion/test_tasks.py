@@ -305,6 +305,9 @@ loss = task.losses(trained, batch, 0)["contrast"]
 loss.backward()
 if rank == 0:
     torch.save([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], sys.argv[1])
+if ranks > 1:  # an interpreter that ends while a thread of gloo still lets go of tensors aborts
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
