@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.resolve()
 # -ffast-math is left out on purpose: at link time it switches the whole process to flush-to-zero.
 # -Wno-psabi: vectors cross no library boundary.
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi"
-# Every *_kernel.cpp is compiled once for each instruction set; the choice is made at run time (csrc/isa.cpp).
+# Every *_kernel.cpp is compiled once for each instruction set; the choice is made at run time (csrc/pair.cpp).
 X86_ISAS = {"avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma", "avx2": "-mavx2 -mfma"}
 
 # Machine code for each, and PTX of the oldest for GPUs that are none of them. The kernels use what that one has, so all

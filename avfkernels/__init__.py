@@ -13,15 +13,14 @@ with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothi
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch  # noqa: F401
 
-from avfkernels import _ops  # noqa: F401  registers torch.ops.avfkernels
-from avfkernels._backends import backend, materialises
-from avfkernels.accelerate import accelerate
-from avfkernels.latent_attention import latent_attention
-from avfkernels.merge import merge_attention
-from avfkernels.nn import DenseFusion, FactorizedFusion, TokenFusion
-from avfkernels.pair_attention import pair_attention
-from avfkernels.prefix_attention import prefix_attention
-from avfkernels.split_linear import split_linear
+from avfkernels.choice import backend, materialises
+from avfkernels.convert import accelerate
+from avfkernels.modules import DenseFusion, FactorizedFusion, TokenFusion
+from avfkernels.ops.latent import latent_attention
+from avfkernels.ops.linear import split_linear
+from avfkernels.ops.merge import merge_attention
+from avfkernels.ops.pair import pair_attention
+from avfkernels.ops.prefix import prefix_attention
 
 try:
     __version__ = version("avfusion")

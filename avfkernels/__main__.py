@@ -1,4 +1,4 @@
-"""`python -m avfkernels`: versions, devices, and for each op which backends can run here, or why not."""
+"""`python -m avfkernels`: versions, devices, what runs where and the measurement that says so."""
 
 import os
 import platform
@@ -9,39 +9,9 @@ from importlib.util import find_spec
 import torch
 
 import avfkernels
-from avfkernels import _backends, _native, _ops
-
-# The paper's shapes, per op.
-SHAPES = {
-    "pair_attention": {
-        "q": (1, 12, 16, 16),
-        "k1": (1, 12, 96, 16),
-        "v1": (1, 12, 96, 16),
-        "k2": (1, 12, 196, 16),
-        "v2": (1, 12, 196, 16),
-    },
-    "latent_attention": {"q": (1, 96, 768), "x": (1, 196, 768)},
-    "prefix_attention": {
-        "q": (1, 12, 196, 64),
-        "k": (1, 12, 196, 64),
-        "v": (1, 12, 196, 64),
-        "k_prefix": (1, 12, 16, 64),
-        "v_prefix": (1, 12, 16, 64),
-    },
-}
-OPTIONS = {
-    "pair_attention": {
-        "scale": 0.25,
-        "interaction": "sum",
-        "mask1": None,
-        "mask2": None,
-        "dropout_p": 0.0,
-        "seed": None,
-        "return_lse": False,
-    },
-    "latent_attention": {"scale": 0.25, "mask": None, "return_lse": False},
-    "prefix_attention": {"scale": 0.125, "return_lse": False},
-}
+from avfkernels import choice, native
+from avfkernels.ops import pair
+from avfkernels.ops.pair_plain import Pairs
 
 
 def report() -> str:
@@ -51,51 +21,50 @@ def report() -> str:
         f"  torch    {torch.__version__}",
         f"  triton   {__import__('triton').__version__ if find_spec('triton') else 'not installed'}",
     ]
-    if reason := _native.why_unavailable():
+    if reason := native.why_unavailable():
         compilers = [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
         lines += [
             f"  native   not available: {reason}",
             f"           compilers on PATH: {', '.join(compilers) or 'none'}",
         ]
     else:
-        lines.append(f"  native   {_native.PATH.name}, ABI {_native.ABI_VERSION}, instruction set {_native.isa()}")
-    lines.append(f"  native   CUDA: {_native.why_cuda_unavailable() or _native.CUDA_PATH.name}")
+        lines.append(f"  native   {native.PATH.name}, ABI {native.ABI_VERSION}, instruction set {native.isa()}")
+    lines.append(f"  native   CUDA: {native.why_cuda_unavailable() or native.CUDA_PATH.name}")
     lines.append(f"  nvcc     {shutil.which('nvcc') or 'not on PATH'}")
 
-    devices = ["cpu"]
-    lines += [
-        "",
-        "devices",
-        f"  cpu      {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-    ]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        for i in range(torch.cuda.device_count()):
-            capability = "".join(map(str, torch.cuda.get_device_capability(i)))
-            lines.append(f"  cuda:{i}   {torch.cuda.get_device_name(i)}, sm_{capability}")
-    else:
+    cpu = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    lines += ["", "devices", f"  cpu      {cpu}"]
+    for i in range(torch.cuda.device_count()):
+        capability = "".join(map(str, torch.cuda.get_device_capability(i)))
+        lines.append(f"  cuda:{i}   {torch.cuda.get_device_name(i)}, sm_{capability}")
+    if not torch.cuda.is_available():
         lines.append(f"  cuda     not available: {_why_no_cuda()}")
 
-    forced = _backends.forced()
     origin = " (AVF_BACKEND)" if os.environ.get("AVF_BACKEND") else ""
-    lines += ["", f"backends, for fp32 at the paper's shapes; override: {forced or 'none'}{origin}"]
-    for op, table in _ops.BACKENDS.items():
-        for device in devices:
-            arguments = {name: torch.zeros(shape, device=device) for name, shape in SHAPES[op].items()} | OPTIONS[op]
-            lines.append(f"  {op} on {device}")
-            try:
-                chosen = _backends.select(op, table, arguments)
-            except RuntimeError as error:
-                chosen = None
-                lines.append(f"    {error}")
-            for name in _backends.NAMES:
-                if name not in table:
-                    lines.append(f"    {name:<10} no      not implemented for this op")
-                    continue
-                reason = table[name].why_not(**arguments)
-                mark = "chosen" if table[name] is chosen else "no" if reason else "yes"
-                lines.append(f"    {name:<10} {mark:<7} {reason or ''}".rstrip())
+    lines += ["", f"what runs, from top to bottom; override: {choice.forced() or 'none'}{origin}"]
+    for row in choice.TABLE:
+        lines.append(f"  {row.op}, {row.device}: {row.regime}")
+        reason = _why_not_here(row)
+        lines.append(
+            f"    {row.implementation:<10} by bench/results/{row.evidence}{'; not here: ' + reason if reason else ''}"
+        )
+    lines.append("  every other op, any device\n    eager      plain PyTorch is as fast as any kernel measured")
     return "\n".join(lines)
+
+
+def _why_not_here(row: choice.Choice) -> str | None:
+    """The reason that a row's implementation cannot run on this machine, or None."""
+    if row.device == "any":
+        return None
+    if row.device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    half = torch.bfloat16 if row.device == "cuda" else torch.float32
+    tensors = [torch.empty(1, 1, n, 16, device=row.device, dtype=half) for n in (16, 2, 2, 2, 2)]
+    for interaction, dropout_p in (("sum", 0.0), ("product", 0.0), ("sum", 0.1)):
+        arguments = Pairs(*tensors, None, None, None, 1.0, interaction, dropout_p)
+        if row.holds(arguments):
+            return pair.WHY_NOT[row.implementation](arguments)
+    raise AssertionError(f"no arguments for {row}")
 
 
 def _why_no_cuda() -> str:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import avfkernels
-from avfkernels import _native
 from bench import measure
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # largest relative difference to the reference in float64
@@ -138,14 +141,24 @@ def compiled(function: Callable) -> Callable:
 def peak_flops(device: torch.device) -> float | None:
     """FLOP/s that shares refer to: multiply-adds on registers (CPU) or a large bf16 matrix product (CUDA), measured."""
     if device.type == "cpu":
-        if _native.why_unavailable():
-            return None
-        rate = _native.library().avf_fma_flops
-        rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
-        return rate(0.5)
+        return fma_flops(0.5)
     x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     seconds = [measure.seconds(lambda: x @ x, device, repeats=5) for _ in range(5)]
     return 2 * 8192**3 / min(seconds)
+
+
+def fma_flops(seconds: float) -> float | None:
+    """FLOP/s of multiply-adds on registers, all threads (bench/fma.cpp); None without g++."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fma.so"
+        flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+        subprocess.run([compiler, *flags, Path(__file__).with_name("fma.cpp"), "-o", path], check=True)
+        rate = ctypes.CDLL(str(path)).fma_flops
+    rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_double]
+    return rate(seconds)
 
 
 def peak_memory(case: Case, row: str, inputs: list[Tensor]) -> int:

@@ -28,7 +28,8 @@ CUDA_COLUMNS = ("kernel", "arch", "registers", "spills", "shared memory", "mma i
 
 
 def _pair(interaction: str, F: int, dk: int, dv: int, dropout_p: float = 0.0, tokens: tuple[int, int] = (96, 196)):
-    from avfkernels.pair_attention import triton as backend
+    from avfkernels.ops import pair, pair_triton
+    from avfkernels.ops.pair_plain import Pairs
 
     def run(dtype):
         N1, N2 = tokens
@@ -37,29 +38,19 @@ def _pair(interaction: str, F: int, dk: int, dv: int, dropout_p: float = 0.0, to
         if min(tokens) > 1000:
             tensors = [t[:1, :1] for t in tensors]
         seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
-        options = (0.125, interaction, None, None, dropout_p, seed)
-        out, lse, saved = backend.kernel(*tensors, *options, True, True)
-        backend.backward_kernel(out, lse, *tensors, saved, *options)
+        options = (None, None, seed, 0.125, interaction, dropout_p)
+        out, lse, saved = pair.fake(*tensors, *options, "triton", True)
+        pair_triton.forward(Pairs(*tensors, *options), out, lse, saved)
+        grads = [torch.empty_like(t) for t in tensors]
+        pair_triton.backward(Pairs(*tensors, *options), saved, out, lse, grads)
 
     what = f"pair {interaction}{', dropout' if dropout_p else ''}{', split' if min(tokens) > 1000 else ''}"
     return what, f"{F} queries, {dk} / {dv}", run
 
 
-def _prefix(dk: int, dv: int):
-    from avfkernels.prefix_attention import triton as backend
-
-    def run(dtype):
-        shapes = ((196, dk), (196, dk), (196, dv), (16, dk), (16, dv))
-        tensors = [torch.empty(64, 12, *shape, dtype=dtype, device="meta") for shape in shapes]
-        out, lse, saved = backend.kernel(*tensors, 0.125, True, True)
-        backend.backward_kernel(out, lse, *tensors, saved, 0.125)
-
-    return "prefix", f"196 queries, {dk} / {dv}", run
-
-
 def cases(every: bool = True) -> list[tuple[str, str, Callable]]:
     """(what, shape, function of a dtype that runs forward and backward): every kernel once, or each size of tile."""
-    once = [_pair("sum", 16, 16, 16, tokens=(4096, 4096)), _pair("product", 16, 16, 16), _prefix(16, 16)]
+    once = [_pair("sum", 16, 16, 16, tokens=(4096, 4096)), _pair("product", 16, 16, 16)]
     if not every:
         return once
     return [
@@ -68,7 +59,6 @@ def cases(every: bool = True) -> list[tuple[str, str, Callable]]:
         *(_pair("product", 16, *widths) for widths in ((16, 64), (64, 64), (128, 128))),
         _pair("sum", 16, 16, 16, dropout_p=0.1),
         _pair("product", 16, 64, 64, dropout_p=0.1),
-        *(_prefix(d, d) for d in (64, 128)),
     ]
 
 
@@ -162,7 +152,7 @@ def committed() -> tuple[str, str, list[dict]]:
 
 def _files() -> list[Path]:
     """What the Triton kernels are made of."""
-    return sorted([PACKAGE / "_tiles.py", *PACKAGE.glob("*/triton*.py")])
+    return sorted([PACKAGE / "ops" / "tiles.py", *PACKAGE.glob("ops/*_triton.py")])
 
 
 def sources() -> str:

@@ -9,16 +9,16 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-from avfkernels import _native
+from avfkernels import native
 
-MAX_WARPS = 8  # of a block, csrc/pair_attention.cuh
+MAX_WARPS = 8  # of a block, csrc/pair_product.cu
 KERNEL = re.compile(r"_Z\d+(pair_\w+)_kernelI4(Bf16|Fp16)((?:Li\d+E)+)E")
 USAGE = re.compile(r"Function (_Z\S+):\n +REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def why_not() -> str | None:
     """What is missing here, or None."""
-    if not _native.CUDA_PATH.exists():
+    if not native.CUDA_PATH.exists():
         return "the CUDA library is not built"
     return None if _cuobjdump() else "there is no cuobjdump on PATH and none in triton's package"
 
@@ -32,7 +32,7 @@ def _cuobjdump() -> str | None:
 
 
 def _dump(*options: str) -> str:
-    command = [_cuobjdump(), *options, str(_native.CUDA_PATH)]
+    command = [_cuobjdump(), *options, str(native.CUDA_PATH)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -41,34 +41,20 @@ def _label(symbol: str) -> str:
     return f"{kernel} {dtype.lower()} {'/'.join(re.findall('[0-9]+', widths))}"
 
 
-def _dynamic(kernel: str, dk: int, dv: int = 0) -> int:
-    """Bytes of shared memory that a launch asks for: 16 queries of a warp, fp32."""
-    widths = {
-        "pair_sum_forward": dv + 2,
-        "pair_product_forward": dv + 2,
-        "pair_sum_backward": dk,
-        "pair_product_delta": 1,
-        "pair_product_first": dk,
-        "pair_product_second": 0,
-        "pair_product_merge": 0,
-    }
-    return MAX_WARPS * 16 * widths[kernel] * 4
-
-
 def usage() -> list[dict]:
     """One row a kernel, dtype, widths and architecture; shared memory in bytes, that of the largest block."""
     rows = []
     for section in _dump("-res-usage").split("Fatbin elf code:")[1:]:
         arch = re.search(r"arch = (\S+)", section)[1]
         for symbol, registers, stack, shared, local in USAGE.findall(section):
-            kernel, _, widths = _label(symbol).split()
+            dv = int(_label(symbol).rpartition("/")[2])
             rows.append(
                 {
                     "kernel": _label(symbol),
                     "arch": arch,
                     "registers": int(registers),
                     "spills": int(stack) + int(local),
-                    "shared memory": int(shared) + _dynamic(kernel, *map(int, widths.split("/"))),
+                    "shared memory": int(shared) + MAX_WARPS * 16 * (dv + 2) * 4,  # of a launch: what a warp has
                 }
             )
     return sorted(rows, key=lambda row: (row["kernel"], int(re.search(r"\d+", row["arch"])[0])))

@@ -26,7 +26,6 @@ ROWS = {
     "one SDPA": sdpa,
     "eager": EAGER,
     "eager, compiled": compiled(EAGER),
-    "automatic": on_backend(latent_attention, None, scale=SCALE),
 }
 
 

@@ -47,7 +47,14 @@ def rows(interaction: str) -> dict:
     }
     ours = on_backend(pair_attention, None, scale=SCALE, interaction=interaction)
     if interaction == "product":
-        return {"reference": backends["reference"], "FlexAttention over pairs": flex(torch.mul), "automatic": ours}
+        return {
+            "reference": backends["reference"],
+            "FlexAttention over pairs": flex(torch.mul),
+            "eager": backends["eager"],  # R4
+            "triton": backends["triton"],
+            "cuda": backends["cuda"],
+            "automatic": ours,
+        }
     return {
         "two SDPA, added": two_attentions,
         "two flash-attn, added": added(flash_attn(SCALE)),
@@ -57,8 +64,12 @@ def rows(interaction: str) -> dict:
         "eager": backends["eager"],
         "eager, compiled": compiled(backends["eager"]),
         "cpu": backends["cpu"],
+        "triton": backends["triton"],
         "automatic": ours,
     }
+
+
+ROWS = list(rows("sum") | rows("product"))
 
 
 def case(name: str, title: str, interaction: str, batch: int, n1: int, n2: int, dk: int, dv: int) -> Case:
@@ -102,10 +113,10 @@ def section(request, device, progress, publish):
 
 
 @pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("row", rows("sum"))
+@pytest.mark.parametrize("row", ROWS)
 def test_pair_attention(section, row, pass_, replay):
     title, results = section
     if row not in results:
-        pytest.skip("no such row for products: eager has no algebra for them")
+        pytest.skip("no such row for this interaction")
     result, times = results[row]
     replay(result, times.get(pass_, []), group=f"{title}, {pass_}")

@@ -33,7 +33,6 @@ ROWS = {
     "prefix asks too": released,
     "reference": on_backend(prefix_attention, "reference", scale=SCALE),
     "eager, compiled": compiled(EAGER),
-    "automatic": on_backend(prefix_attention, None, scale=SCALE),
 }
 
 

@@ -1,6 +1,6 @@
-// Pair attention with multiplied interactions: tiles of pairs, online softmax over all of them (csrc/pair_attention.h).
-#include "philox.h"
+// Pair attention with multiplied interactions: tiles of pairs, online softmax over all of them (csrc/pair.h).
 #include "pair_tile.h"
+#include "philox.h"
 
 namespace AVF_ISA {
 
@@ -14,7 +14,7 @@ static void drop(const PairDropout& dropout, int64_t i, int64_t j0, int64_t n, i
     }
 }
 
-int64_t pair_product_forward(const AvfPairAttention& a, int64_t b, int64_t h, int64_t block, float* base) {
+int64_t pair_product_forward(const AvfPair& a, int64_t b, int64_t h, int64_t block, float* base) {
     Scratch scratch(base);
     v16 *q = scratch.vectors(a.dk), *qa = scratch.vectors(a.dk), *weights = scratch.vectors(TILE);
     v16 *context = scratch.vectors(a.dv), *out = scratch.vectors(a.dv);
@@ -22,52 +22,45 @@ int64_t pair_product_forward(const AvfPairAttention& a, int64_t b, int64_t h, in
     float *k2 = scratch.floats(TILE * a.dk), *v2 = scratch.floats(TILE * a.dv);
     if (!base) return scratch.used;
 
+    const Head head{a, b, h};
     const PairDropout dropout(a.seed, a.dropout_p);
-    load_lanes(a.q, a, b, h, block, a.dk, a.scale, k1, q);
+    head.load(a.q, block, a.dk, a.scale, k1, q);
     Softmax softmax;
     for (int64_t d = 0; d < a.dv; ++d) out[d] = v16{};
-    const int64_t tile1 = tile_of(a.N[0]), tile2 = tile_of(a.N[1]);
-    for (int64_t j0 = 0; j0 < a.N[1]; j0 += tile2) {
-        const int64_t n = min(a.N[1] - j0, tile2);
-        const Rows keys = rows_of(a.k[1], a.dtype, b, h, j0, n, a.dk, k2);
-        const Rows values = rows_of(a.v[1], a.dtype, b, h, j0, n, a.dv, v2);
-        for (int64_t i0 = 0; i0 < a.N[0]; i0 += tile1) {
-            const int64_t m = min(a.N[0] - i0, tile1);
-            const Rows key_factors = rows_of(a.k[0], a.dtype, b, h, i0, m, a.dk, k1);
-            const Rows value_factors = rows_of(a.v[0], a.dtype, b, h, i0, m, a.dv, v1);
-            const uint8_t* mask = mask_of(a, 0, b, i0);
+    for_tiles(a.N[1], [&](int64_t j0, int64_t n) {
+        const Rows keys = head.keys(1, j0, n, k2), values = head.values(1, j0, n, v2);
+        for_tiles(a.N[0], [&](int64_t i0, int64_t m) {
+            const Rows key_factors = head.keys(0, i0, m, k1), value_factors = head.values(0, i0, m, v1);
+            const uint8_t* mask = head.mask(0, i0);
             for (int64_t i = 0; i < m; ++i) {
                 if (mask && !mask[i]) continue;
                 const float *a_i = key_factors[i], *u_i = value_factors[i];
                 for (int64_t d = 0; d < a.dk; ++d) qa[d] = q[d] * a_i[d];
                 dot(qa, keys, n, a.dk, weights);
-                apply_mask(mask_of(a, 1, b, j0), n, weights);
+                apply_mask(head.mask(1, j0), n, weights);
                 const v16 rescale = softmax.add(weights, n);
                 if (a.dropout_p > 0) drop(dropout, i0 + i, j0, n, block, b * a.H + h, weights);
                 for (int64_t d = 0; d < a.dv; ++d) context[d] = v16{};
                 weigh(weights, values, n, a.dv, v16{}, context);
                 for (int64_t d = 0; d < a.dv; ++d) out[d] = out[d] * rescale + context[d] * u_i[d];
             }
-        }
-    }
+        });
+    });
     const v16i empty = softmax.no_token();
     const v16 factor = select(empty, v16{}, 1.f / softmax.sum);
     for (int64_t d = 0; d < a.dv; ++d) out[d] *= factor;
-    write_lanes(out, a.out, a, b, h, block, a.dv, v1);
-    if (a.saved_softmax) {
-        save(a, 0, b, h, block, softmax.offset, factor, empty);
-        from_lanes(out, a.dv, v1);
-        for (int64_t f = 0; f < lanes_of(a, block); ++f)
-            std::memcpy(a.saved_out + (row_of(a, 0, b, h, block) + f) * a.dv, v1 + f * padded(a.dv),
-                        a.dv * sizeof(float));
-    }
-    if (a.lse) write_lse(a, b, h, block, select(empty, splat(-INFINITY), softmax.lse()));
+    head.store(out, a.out, block, a.dv, v1);
+    head.put(a.lse, 0, block, select(empty, splat(-INFINITY), softmax.lse()));
+    if (!a.saved) return 0;
+    head.save(0, block, softmax.offset, factor, empty);
+    from_lanes(out, a.dv, v1);
+    for (int64_t f = 0; f < head.lanes(block); ++f)
+        std::memcpy(head.saved_out() + (head.row(0, block) + f) * a.dv, v1 + f * padded(a.dv), a.dv * sizeof(float));
     return 0;
 }
 
-static Rows padded_rows_of(const AvfTensor& t, const AvfPairAttention& a, int64_t b, int64_t h, int64_t n0, int64_t n,
-                           int64_t width, float* widened, float* to) {
-    const Rows rows = rows_of(t, a.dtype, b, h, n0, n, width, widened);
+// n rows, copied to [n, padded(width)] with zeros beside them.
+static Rows widen(Rows rows, int64_t n, int64_t width, float* to) {
     std::memset(to, 0, n * padded(width) * sizeof(float));
     for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * padded(width), rows[i], width * sizeof(float));
     return {to, padded(width)};
@@ -88,15 +81,15 @@ static void split_product(const float* products, const float* row_i, Rows rows_j
     }
 }
 
-// With p_ij the weight and dp_ij = (grad_out * u_i) . w_j: ds_ij = p_ij (dp_ij - delta), delta = grad_out . out. The gradients of the pair's key
-// and value, dk_ij = sum_f ds_ij q and dv_ij = sum_f p_ij grad_out, go to both of its tokens:
-// da_i = sum_j dk_ij * b_j, db_j = sum_i dk_ij * a_i, and so do u and w. dq = sum_i a_i * sum_j ds_ij b_j.
-int64_t pair_product_backward(const AvfPairAttention& a, int64_t b, int64_t h, int64_t, float* base) {
-    const int64_t dk = padded(a.dk), dv = padded(a.dv);
+// With p_ij the weight and dp_ij = (grad_out * u_i) . w_j: ds_ij = p_ij (dp_ij - delta), delta = grad_out . out. The
+// gradients of the pair's key and value, dk_ij = sum_f ds_ij q and dv_ij = sum_f p_ij grad_out, go to both of its
+// tokens: da_i = sum_j dk_ij * b_j, db_j = sum_i dk_ij * a_i, and so do u and w. dq = sum_i a_i * sum_j ds_ij b_j.
+int64_t pair_product_backward(const AvfPair& a, int64_t b, int64_t h, int64_t, float* base) {
+    const int64_t dk = padded(a.dk), dv = padded(a.dv), blocks = blocks_of(a);
     Scratch scratch(base);
-    HeadQueries head(a, 1, scratch);
+    HeadQueries queries(a, 1, scratch);
     v16 *qa = scratch.vectors(a.dk), *gu = scratch.vectors(a.dv), *t = scratch.vectors(a.dk);
-    v16 *p = scratch.vectors(TILE), *ds = scratch.vectors(TILE), *delta = scratch.vectors(blocks_of(a));
+    v16 *p = scratch.vectors(TILE), *ds = scratch.vectors(TILE), *delta = scratch.vectors(blocks);
     float *k_widened = scratch.floats(TILE * a.dk), *v_widened = scratch.floats(TILE * a.dv);
     float *k1 = scratch.floats(TILE * dk), *v1 = scratch.floats(TILE * dv);
     float *k2 = scratch.floats(TILE * dk), *v2 = scratch.floats(TILE * dv);
@@ -105,61 +98,58 @@ int64_t pair_product_backward(const AvfPairAttention& a, int64_t b, int64_t h, i
     float *grad_k1 = scratch.floats(a.N[0] * dk), *grad_v1 = scratch.floats(a.N[0] * dv);
     if (!base) return scratch.used;
 
-    const int64_t blocks = blocks_of(a);
+    const Head head{a, b, h};
     const PairDropout dropout(a.seed, a.dropout_p);
-    head.load(a, 1, b, h);
+    queries.load(head, 1);
     for (int64_t block = 0; block < blocks; ++block) {
-        to_lanes({a.saved_out + row_of(a, 0, b, h, block) * a.dv, a.dv}, lanes_of(a, block), a.dv, 1.f, gu);
-        delta[block] = -head.grad_lse[block];
-        for (int64_t d = 0; d < a.dv; ++d) delta[block] += head.grad_out[block * a.dv + d] * gu[d];
+        to_lanes({head.saved_out() + head.row(0, block) * a.dv, a.dv}, head.lanes(block), a.dv, 1.f, gu);
+        delta[block] = -queries.grad_lse[block];
+        for (int64_t d = 0; d < a.dv; ++d) delta[block] += queries.grad_out[block * a.dv + d] * gu[d];
     }
     std::memset(grad_k1, 0, a.N[0] * dk * sizeof(float));
     std::memset(grad_v1, 0, a.N[0] * dv * sizeof(float));
-    const int64_t tile1 = tile_of(a.N[0]), tile2 = tile_of(a.N[1]);
-    for (int64_t j0 = 0; j0 < a.N[1]; j0 += tile2) {
-        const int64_t n = min(a.N[1] - j0, tile2);
-        const Rows keys = padded_rows_of(a.k[1], a, b, h, j0, n, a.dk, k_widened, k2);
-        const Rows values = padded_rows_of(a.v[1], a, b, h, j0, n, a.dv, v_widened, v2);
+    for_tiles(a.N[1], [&](int64_t j0, int64_t n) {
+        const Rows keys = widen(head.keys(1, j0, n, k_widened), n, a.dk, k2);
+        const Rows values = widen(head.values(1, j0, n, v_widened), n, a.dv, v2);
         std::memset(grad_k2, 0, n * dk * sizeof(float));
         std::memset(grad_v2, 0, n * dv * sizeof(float));
-        for (int64_t i0 = 0; i0 < a.N[0]; i0 += tile1) {
-            const int64_t m = min(a.N[0] - i0, tile1);
-            const Rows key_factors = padded_rows_of(a.k[0], a, b, h, i0, m, a.dk, k_widened, k1);
-            const Rows value_factors = padded_rows_of(a.v[0], a, b, h, i0, m, a.dv, v_widened, v1);
-            const uint8_t* mask = mask_of(a, 0, b, i0);
+        for_tiles(a.N[0], [&](int64_t i0, int64_t m) {
+            const Rows key_factors = widen(head.keys(0, i0, m, k_widened), m, a.dk, k1);
+            const Rows value_factors = widen(head.values(0, i0, m, v_widened), m, a.dv, v1);
+            const uint8_t* mask = head.mask(0, i0);
             for (int64_t i = 0; i < m; ++i) {
                 if (mask && !mask[i]) continue;
                 const float *a_i = key_factors[i], *u_i = value_factors[i];
                 for (int64_t block = 0; block < blocks; ++block) {
-                    const int64_t lanes = lanes_of(a, block);
-                    v16 *q = head.q + block * a.dk, *g = head.grad_out + block * a.dv;
-                    v16* grad_q = head.grad_q + block * a.dk;
+                    const int64_t lanes = head.lanes(block);
+                    const v16 *q = queries.q + block * a.dk, *g = queries.grad_out + block * a.dv;
+                    v16* grad_q = queries.grad_q + block * a.dk;
                     for (int64_t d = 0; d < a.dk; ++d) qa[d] = q[d] * a_i[d];
                     for (int64_t d = 0; d < a.dv; ++d) gu[d] = g[d] * u_i[d];
                     dot(qa, keys, n, a.dk, p);
-                    apply_mask(mask_of(a, 1, b, j0), n, p);
+                    apply_mask(head.mask(1, j0), n, p);
                     dot(gu, values, n, a.dv, ds);
                     // A dropped pair's value has no gradient, and its weight gets one through the softmax alone.
                     if (a.dropout_p > 0) drop(dropout, i0 + i, j0, n, block, b * a.H + h, ds);
-                    normalised(p, n, head.offset[block], head.factor[block]);
+                    normalised(p, n, queries.offset[block], queries.factor[block]);
                     for (int64_t j = 0; j < n; ++j) ds[j] = p[j] * (ds[j] - delta[block]);
                     if (a.dropout_p > 0) drop(dropout, i0 + i, j0, n, block, b * a.H + h, p);
                     for (int64_t d = 0; d < a.dk; ++d) t[d] = v16{};
                     weigh(ds, keys, n, a.dk, v16{}, t);
                     for (int64_t d = 0; d < a.dk; ++d) grad_q[d] += t[d] * a_i[d];
-                    spread(ds, head.q_rows + block * LANES * dk, lanes, n, a.dk, block > 0, pair_k, dk);
-                    spread(p, head.grad_out_rows + block * LANES * dv, lanes, n, a.dv, block > 0, pair_v, dv);
+                    spread(ds, queries.q_rows + block * LANES * dk, lanes, n, a.dk, block > 0, pair_k, dk);
+                    spread(p, queries.grad_out_rows + block * LANES * dv, lanes, n, a.dv, block > 0, pair_v, dv);
                 }
                 split_product(pair_k, a_i, keys, n, dk, grad_k1 + (i0 + i) * dk, grad_k2);
                 split_product(pair_v, u_i, values, n, dv, grad_v1 + (i0 + i) * dv, grad_v2);
             }
-        }
-        write_rows(grad_k2, dk, a.grad_k[1], a.dtype, b, h, j0, n, a.dk);
-        write_rows(grad_v2, dv, a.grad_v[1], a.dtype, b, h, j0, n, a.dv);
-    }
-    write_rows(grad_k1, dk, a.grad_k[0], a.dtype, b, h, 0, a.N[0], a.dk);
-    write_rows(grad_v1, dv, a.grad_v[0], a.dtype, b, h, 0, a.N[0], a.dv);
-    head.write_grad_q(a, b, h);
+        });
+        head.write(grad_k2, dk, a.grad_k[1], j0, n, a.dk);
+        head.write(grad_v2, dv, a.grad_v[1], j0, n, a.dv);
+    });
+    head.write(grad_k1, dk, a.grad_k[0], 0, a.N[0], a.dk);
+    head.write(grad_v1, dv, a.grad_v[0], 0, a.N[0], a.dv);
+    queries.write_grad_q(head);
     return 0;
 }
 

@@ -42,14 +42,21 @@ static inline int64_t tile_of(int64_t n) {
     return tiles > 1 ? ((n + tiles - 1) / tiles + 7) / 8 * 8 : TILE;
 }
 
-// Tokens [n0, n0 + n) of head (b, h): in place if they are fp32, otherwise widened into `scratch` [n, width].
+// Tokens [n0, n0 + n) of head (b, h): in place if they are fp32 and all attended to, otherwise in `scratch` [n, width],
+// widened, and 0 where the mask hides them: what is there, a NaN too, must meet no weight of 0.
 static Rows rows_of(const AvfTensor& t, int32_t dtype, int64_t b, int64_t h, int64_t n0, int64_t n, int64_t width,
-                    float* scratch) {
+                    float* scratch, const uint8_t* mask = nullptr) {
     const int64_t offset = b * t.stride_b + h * t.stride_h + n0 * t.stride_n;
-    if (dtype == AVF_F32) return {static_cast<const float*>(t.data) + offset, t.stride_n};
-    const uint16_t* from = static_cast<const uint16_t*>(t.data) + offset;
+    const float* wide = static_cast<const float*>(t.data) + offset;
+    const uint16_t* narrow = static_cast<const uint16_t*>(t.data) + offset;
+    if (dtype == AVF_F32 && !(mask && std::memchr(mask, 0, n))) return {wide, t.stride_n};
     for (int64_t i = 0; i < n; ++i)
-        for (int64_t d = 0; d < width; ++d) scratch[i * width + d] = from_bf16(from[i * t.stride_n + d]);
+        if (mask && !mask[i])
+            std::memset(scratch + i * width, 0, width * sizeof(float));
+        else if (dtype == AVF_F32)
+            std::memcpy(scratch + i * width, wide + i * t.stride_n, width * sizeof(float));
+        else
+            for (int64_t d = 0; d < width; ++d) scratch[i * width + d] = from_bf16(narrow[i * t.stride_n + d]);
     return {scratch, width};
 }
 

@@ -1,6 +1,6 @@
-// What the CUDA kernels are made of: the tensor-core product of a warp, exchanges between its lanes, pairs of 16-bit
-// numbers. All that is not plain C++ is in this file and is emulated on CPUs by tests/avfkernels/cuda_emulation.h, so
-// that the tests run the very source of the kernels without a GPU.
+// What the CUDA kernel is made of: the tensor-core product of a warp, exchanges between its lanes, pairs of 16-bit
+// numbers. All that is not plain C++ is in this file, so that a C++ compiler which is given another (AVF_WARP) can run
+// the very source of the kernel on a CPU.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -109,10 +109,10 @@ inline cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, 
 }
 
 #else
-#include "cuda_emulation.h"
+#include AVF_WARP
 #endif
 
-// The sum and the maximum over the four lanes of a quad, and the sum over the eight quads.
+// The maximum and the sum over the four lanes of a quad.
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, shuffle_xor(x, 1));
     return fmaxf(x, shuffle_xor(x, 2));
@@ -120,9 +120,4 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
-}
-__device__ __forceinline__ float sum_of_quads(float x) {
-    x += shuffle_xor(x, 4);
-    x += shuffle_xor(x, 8);
-    return x + shuffle_xor(x, 16);
 }

@@ -16,7 +16,9 @@ from bench.gpu.rows import BATCHES, CONFIGS, CUDA, DEVICE, HALF, ROOT, TOY, Rows
 # Of the encoder: kind of fusion, and the backend of its ops (None: the automatic choice).
 ROWS = [("none", None), ("dense", None), ("factorized", None), ("token", None)]
 MATERIALISED = [("dense", "reference"), ("factorized", "reference")]
-FORCED = [(kind, backend) for backend in (("triton", "cuda") if CUDA else ("cpu",)) for kind in ("dense", "factorized")]
+FORCED = [
+    (kind, backend) for backend in (("triton", "eager") if CUDA else ("cpu",)) for kind in ("dense", "factorized")
+]
 
 
 def build(kind: str, dtype: torch.dtype) -> DeepAVFusion:

@@ -20,6 +20,9 @@ PAIRS = [("sum", batch, 12, 16, 96, 196, 16, 16) for batch in (64, 256, 1024)] +
     ("product", 256, 12, 16, 96, 196, 16, 16),
     ("product", 1, 12, 16, 8192, 8192, 64, 64),
     ("product", 1024, 12, 16, 96, 196, 16, 16),
+    ("product", 1, 12, 16, 2048, 2048, 16, 16),
+    ("product", 64, 12, 16, 96, 196, 64, 64),
+    ("sum", 1, 12, 196, 4096, 4096, 64, 64),
 ]
 
 
@@ -35,7 +38,10 @@ def part_ops(rows: Rows) -> None:
         tensors = [torch.randn(B, n, H, d, device=DEVICE, dtype=HALF).transpose(1, 2).requires_grad_()
                    for n, d in ((tokens, dk), (N1, dk), (N1, dv), (N2, dk), (N2, dv))]  # fmt: skip
         ours = partial(avfkernels.pair_attention, scale=dk**-0.5, interaction=interaction)
-        ways = dict.fromkeys(("triton", "cuda") if CUDA else ("cpu",), ours)
+        ways = {"cpu": ours}
+        if CUDA:  # the plain form of products is R4, by FlexAttention; CUDA C++ is for them, up to 32 wide
+            narrow = interaction == "product" and dk <= 32
+            ways = dict.fromkeys(("triton", *(["eager"] * (interaction == "product")), *(["cuda"] * narrow)), ours)
         if interaction == "sum":
             ways["SDPA x 2 + add"] = partial(library_sum, scale=dk**-0.5)
         what = {"interaction": interaction, "shape": shape, "batch": B, "dtype": "bfloat16"}
@@ -50,9 +56,7 @@ def part_ops(rows: Rows) -> None:
         P, H, d = (2, 2, 16) if TOY else (16, 12, 64)
         tensors = [torch.randn(batch, n, H, d, device=DEVICE, dtype=HALF).transpose(1, 2).requires_grad_()
                    for n in (N, N, N, P, P)]  # fmt: skip
-        ways = dict.fromkeys(
-            ("eager", "triton") if CUDA else ("eager",), partial(avfkernels.prefix_attention, scale=0.125)
-        )
+        ways = {"eager": partial(avfkernels.prefix_attention, scale=0.125)}
         shape = [batch, H, N, P, d]
         measure_op(rows, "prefix_attention", tensors, ways, {"shape": shape, "batch": batch, "dtype": "bfloat16"})
 

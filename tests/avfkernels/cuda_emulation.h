@@ -1,5 +1,4 @@
-// CUDA on a CPU, as far as csrc/*.cu needs it: csrc/warp.cuh includes this in place of its own primitives where no CUDA
-// compiler runs. A block's threads are fibers that switch wherever lanes or threads have to meet, so that the kernels'
+// CUDA on a CPU, as far as csrc/*.cu needs it: csrc/warp.cuh includes this (AVF_WARP) in place of its own primitives. A block's threads are fibers that switch wherever lanes or threads have to meet, so that the kernels'
 // source runs unchanged, deadlocks are noticed, and another order of the threads (AVF_EMULATION_ORDER) exposes races.
 #pragma once
 #include <ucontext.h>

@@ -3,7 +3,7 @@
 import torch
 
 import avfkernels
-from avfkernels._math import combine_masks
+from avfkernels.ops.common import pair_mask
 
 
 def pair_inputs(B=2, H=3, F=16, N1=9, N2=14, dk=16, dv=16, dtype=torch.float64, logit=1.0, seed=0, grad=False):
@@ -32,7 +32,7 @@ def plain_pair_attention(q, k1, v1, k2, v2, *, scale, interaction="sum", mask1=N
         ]
         return tuple(first + second for first, second in zip(*sides, strict=True))
     k, v = ((a.unsqueeze(3) * b.unsqueeze(2)).flatten(2, 3) for a, b in ((k1, k2), (v1, v2)))
-    return plain_attention(q, k, v, scale=scale, mask=combine_masks(mask1, mask2, k1.shape[2], k2.shape[2]))
+    return plain_attention(q, k, v, scale=scale, mask=pair_mask(mask1, mask2, k1.shape[2], k2.shape[2]))
 
 
 def in_double(function, *tensors):

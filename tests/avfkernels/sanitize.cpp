@@ -41,7 +41,7 @@ int main() {
                 for (float dropout_p : {0.f, 0.3f})
                     for (int masked = 0; masked < 2; ++masked) {
                         Buffers m;
-                        AvfPairAttention a{};
+                        AvfPair a{};
                         a.B = s[0], a.H = s[1], a.F = s[2], a.N[0] = s[3], a.N[1] = s[4], a.dk = s[5], a.dv = s[6];
                         a.q = m.tensor(dtype, a.B, a.H, a.F, a.dk), a.grad_q = m.tensor(dtype, a.B, a.H, a.F, a.dk);
                         a.out = m.tensor(dtype, a.B, a.H, a.F, a.dv), a.grad_out = m.tensor(dtype, a.B, a.H, a.F, a.dv);
@@ -58,11 +58,10 @@ int main() {
                         float* grad_lse = m.make<float>(rows);
                         for (int64_t i = 0; i < rows; ++i) grad_lse[i] = 1.f;
                         a.lse = m.make<float>(rows), a.grad_lse = grad_lse;
-                        if (interaction == AVF_PRODUCT) a.saved_out = m.make<float>(rows * a.dv);
-                        a.saved_softmax = m.make<float>(2 * sides * rows);
+                        a.saved = m.make<float>((2 * sides + (interaction == AVF_PRODUCT ? a.dv : 0)) * rows);
                         a.seed = 5, a.scale = 0.25f, a.dropout_p = dropout_p, a.dtype = dtype;
                         a.interaction = interaction;
-                        if (avf_pair_attention_forward(&a) || avf_pair_attention_backward(&a)) return 1;
+                        if (avf_pair_forward(&a) || avf_pair_backward(&a)) return 1;
                         ++runs;
                     }
     std::printf("%s %d\n", avf_isa(), runs);

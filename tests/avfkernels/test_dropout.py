@@ -6,8 +6,8 @@ from oracle import pair_inputs
 
 import avfkernels
 from avfkernels import pair_attention
-from avfkernels._native import why_unavailable
-from avfkernels.pair_attention.dropout import keep_factor, pair_dropout, philox, threshold
+from avfkernels.native import why_unavailable
+from avfkernels.ops.dropout import keep_factor, pair_dropout, philox, threshold
 
 needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]

@@ -9,7 +9,9 @@ from oracle import assert_accurate, pair_inputs, plain_pair_attention
 from torch.library import opcheck
 
 import avfkernels
-from avfkernels import _ops, latent_attention, pair_attention, prefix_attention
+from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels.ops import pair
+from avfkernels.ops.pair_plain import Pairs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,19 +21,18 @@ BACKENDS = ("eager", "triton", "cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERACTIONS = ("sum", "product")
 NAMES = ("q", "k1", "v1", "k2", "v2")
-DEFAULTS = {"scale": 0.25, "interaction": "sum", "mask1": None, "mask2": None, "dropout_p": 0.0, "seed": None}
 
 
 def inputs(*shape, dtype=torch.bfloat16, grad=False, device="cuda", **options):
     return [t.to(device).requires_grad_(grad) for t in pair_inputs(*shape, dtype=dtype, **options)]
 
 
+def why_not(backend, tensors, interaction="sum", mask1=None, mask2=None, dropout_p=0.0, seed=None):
+    return pair.WHY_NOT[backend](Pairs(*tensors, mask1, mask2, seed, 0.25, interaction, dropout_p))
+
+
 def skip_unless_it_runs(backend, tensors, **options):
-    table = _ops.BACKENDS["pair_attention"]
-    if backend not in table:
-        pytest.skip("not implemented for this op")
-    arguments = dict(zip(NAMES, tensors, strict=True)) | DEFAULTS | {"return_lse": True} | options
-    if reason := table[backend].why_not(**arguments):
+    if reason := why_not(backend, tensors, **options):
         pytest.skip(reason)
 
 
@@ -135,13 +136,9 @@ def test_small_shapes_for_the_sanitizer(backend, shape):
     for interaction, dropout_p in itertools.product(INTERACTIONS, (0.0, 0.3)):
         options = {"interaction": interaction, "dropout_p": dropout_p, "seed": torch.tensor(1, device="cuda")}
         tensors = inputs(*shape, grad=True)
-        table = _ops.BACKENDS["pair_attention"]
-        arguments = dict(zip(NAMES, tensors, strict=True)) | DEFAULTS | {"return_lse": True} | options
-        if backend in table and not table[backend].why_not(**arguments):
+        if not why_not(backend, tensors, **options):
             with_gradients(backend, tensors, **options)
-        tensors = [t.detach() for t in tensors]
-        if backend in table and not table[backend].why_not(**arguments | dict(zip(NAMES, tensors, strict=True))):
-            run(backend, tensors, **options)
+            run(backend, [t.detach() for t in tensors], **options)
     torch.cuda.synchronize()
 
 
@@ -165,17 +162,13 @@ def plain_other(op, tensors, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", [latent_attention, prefix_attention])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_other_ops_are_as_accurate(backend, op, dtype):
-    if backend not in _ops.BACKENDS[op.__name__]:
-        pytest.skip("not implemented for this op")
+def test_the_other_ops_are_as_accurate(op, dtype):
     tensors = other_inputs(op, dtype)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     scale = tensors[0].shape[-1] ** -0.5
     with avfkernels.backend("reference"):
         exact = op(*doubles, scale=scale)
-    with avfkernels.backend(backend):
-        out = op(*tensors, scale=scale)
+    out = op(*tensors, scale=scale)
     plain = plain_other(op, tensors, scale)
     assert_accurate(out, exact, plain, "out")
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
@@ -271,12 +264,30 @@ def test_a_hundred_runs_give_the_same_bits(backend, interaction):
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_opcheck_of_the_cuda_kernels(masked, interaction):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_opcheck(backend, interaction):
     tensors = inputs(grad=True)
-    skip_unless_it_runs("cuda", tensors, interaction=interaction)
-    masks = tuple(masks_for(2, 9, 14).values()) if masked else (None, None)
-    opcheck(torch.ops.avfkernels.pair_attention_cuda.default, (*tensors, 0.25, interaction, *masks, True, True))
+    skip_unless_it_runs(backend, tensors, interaction=interaction)
+    options = (*masks_for(2, 9, 14).values(), None, 0.25, interaction, 0.0, backend)
+    opcheck(torch.ops.avfkernels.pair_attention.default, (*tensors, *options, True))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 16, 5000, 3000, 16, 16), (1, 2, 70, 600, 900, 16, 64)], ids=str)
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+def test_long_sides_whichever_is_chosen(interaction, shape):
+    """Sums split their backward over tokens; products are FlexAttention's."""
+    tensors = inputs(*shape, grad=True)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    options = {"scale": 0.25, "interaction": interaction}
+    results = []
+    with avfkernels.backend("eager"):
+        exact = pair_attention(*(t[:, :1] for t in doubles), **options)
+    for out, given in ((pair_attention(*tensors, **options), tensors), (exact, doubles)):
+        grads = torch.autograd.grad(out[:, :1].double().sin().sum(), given)
+        results.append((out[:, :1], *(grad[:, :1] for grad in grads)))
+    for name, got, expected in zip(("out", *NAMES), *results, strict=True):
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error < 0.02, (name, error)
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -320,15 +331,14 @@ def test_autocast_and_an_expanded_gradient(backend):
     assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
 
 
-def other(backend, op, tensors):
+def other(op, tensors):
     """out, lse and gradients of latent or prefix attention.
 
     Detached: a graph that is alive keeps its AccumulateGrad nodes, and those the stream they were made on. Where two
     gradients of one leaf are added (x is keys and values), autograd does it on that stream: captured, the legacy stream
     would wait for the capture, which CUDA refuses.
     """
-    with avfkernels.backend(backend):
-        out, lse = op(*tensors, scale=tensors[0].shape[-1] ** -0.5, return_lse=True)
+    out, lse = op(*tensors, scale=tensors[0].shape[-1] ** -0.5, return_lse=True)
     grads = torch.autograd.grad(out.float().sin().sum() + lse.sin().sum(), tensors)
     return (out.detach(), lse.detach(), *grads)
 
@@ -337,33 +347,29 @@ def same_bits(got, expected):
     return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-each_other_op = pytest.mark.parametrize(
-    ("op", "backend"),
-    [(latent_attention, "eager"), (prefix_attention, "eager"), (prefix_attention, "triton")],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
-)
+each_other_op = pytest.mark.parametrize("op", [latent_attention, prefix_attention])
 
 
 @each_other_op
-def test_the_other_ops_in_graphs_streams_and_on_another_device(backend, op):
+def test_the_other_ops_in_graphs_streams_and_on_another_device(op):
     tensors, changed = other_inputs(op, torch.bfloat16), other_inputs(op, torch.bfloat16)
     with torch.no_grad():
         for tensor in changed:
             tensor.mul_(0.5)
-    expected = [other(backend, op, given) for given in (tensors, changed)]
+    expected = [other(op, given) for given in (tensors, changed)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for _ in range(10):
         results = []
         for stream, given in zip(streams, (tensors, changed), strict=True):
             with torch.cuda.stream(stream):
-                results.append(other(backend, op, given))
+                results.append(other(op, given))
         torch.cuda.synchronize()
         assert all(same_bits(*pair) for pair in zip(results, expected, strict=True))
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = other(backend, op, tensors)
+        captured = other(op, tensors)
     with torch.no_grad():
         for tensor, new in zip(tensors, changed, strict=True):
             tensor.copy_(new)
@@ -372,34 +378,19 @@ def test_the_other_ops_in_graphs_streams_and_on_another_device(backend, op):
     assert same_bits(captured, expected[1])
 
     if torch.cuda.device_count() > 1:
-        there = other(backend, op, [t.detach().to("cuda:1").requires_grad_() for t in changed])
+        there = other(op, [t.detach().to("cuda:1").requires_grad_() for t in changed])
         for got, here in zip(there, expected[1], strict=True):
             torch.testing.assert_close(got.cpu(), here.cpu())
 
 
 @each_other_op
-def test_the_other_ops_compile_whole_with_dynamic_shapes(backend, op):
+def test_the_other_ops_compile_whole_with_dynamic_shapes(op):
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: op(*t, scale=0.1), fullgraph=True, dynamic=True)
     tensors = other_inputs(op, torch.bfloat16)
     shorter = [t[..., : t.shape[-2] - 9, :].detach().clone().requires_grad_() for t in tensors]
     for given in (tensors, shorter):
-        with avfkernels.backend(backend):
-            out, expected = compiled(*given), op(*given, scale=0.1)
+        out, expected = compiled(*given), op(*given, scale=0.1)
         torch.testing.assert_close(out, expected, rtol=1.6e-2, atol=1e-2)
         grads = [torch.autograd.grad(x.float().sin().sum(), given) for x in (out, expected)]
         torch.testing.assert_close(*grads, rtol=3e-2, atol=3e-2)
-
-
-def test_a_hundred_runs_of_prefix_attention_give_the_same_bits_with_triton():
-    tensors = other_inputs(prefix_attention, torch.bfloat16)
-    first = other("triton", prefix_attention, tensors)
-    assert all(same_bits(other("triton", prefix_attention, tensors), first) for _ in range(100))
-
-
-def test_small_shapes_of_prefix_attention_for_the_sanitizer_with_triton():
-    """Odd numbers of tokens and rows that end in the middle of a tile."""
-    tensors = other_inputs(prefix_attention, torch.bfloat16)
-    tensors = [t[:1, ..., :21, :40].detach().clone().requires_grad_() for t in tensors]
-    other("triton", prefix_attention, tensors)
-    torch.cuda.synchronize()

@@ -8,7 +8,7 @@ from oracle import assert_accurate, pair_inputs
 
 import avfkernels
 from avfkernels import latent_attention, merge_attention, pair_attention, prefix_attention
-from avfkernels._native import why_unavailable
+from avfkernels.native import why_unavailable
 
 needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 

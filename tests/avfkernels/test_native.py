@@ -1,5 +1,6 @@
 """The C++ library: every instruction set, any number of threads, loading."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,15 +10,16 @@ import torch
 from oracle import pair_inputs
 
 import avfkernels
-from avfkernels import _native, pair_attention
+from avfkernels import native, pair_attention
+from avfkernels.ops import pair
 
-pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
+pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 
 CHECK_ONE_ISA = """
 import itertools, torch, avfkernels
-from avfkernels import _native
+from avfkernels import native
 from oracle import assert_accurate, pair_inputs
-print(_native.isa())
+print(native.isa())
 shapes = (1, 1, 1, 1, 1, 1, 1), (2, 3, 16, 19, 49, 16, 16), (2, 3, 16, 8, 8, 16, 64), (1, 2, 21, 65, 130, 20, 23)
 for shape, interaction, dropout_p in itertools.product(shapes, ("sum", "product"), (0.0, 0.3)):
     results = []
@@ -71,7 +73,6 @@ def test_results_are_bitwise_the_same_for_any_number_of_threads(interaction, dro
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_the_kernels_write_every_element(monkeypatch, interaction, dropout_p):
     """Outputs and gradients start as NaN; none may be left."""
-    from avfkernels.pair_attention import cpu
 
     def poisoned(function):
         def call(*args):
@@ -82,14 +83,13 @@ def test_the_kernels_write_every_element(monkeypatch, interaction, dropout_p):
 
         return call
 
-    monkeypatch.setattr(cpu, "_outputs", poisoned(cpu._outputs))
-    monkeypatch.setattr(cpu, "_saved", poisoned(cpu._saved))
-    monkeypatch.setattr(cpu, "backward_fake", poisoned(cpu.backward_fake))
+    monkeypatch.setattr(pair, "fake", poisoned(pair.fake))
+    monkeypatch.setattr(pair, "allocate_backward", poisoned(pair.allocate_backward))
     tensors = pair_inputs(2, 3, 21, 5, 70, 9, 23, torch.float32)
-    options = (0.25, interaction, None, None, dropout_p, torch.tensor(1))
-    out, lse, *saved = cpu.kernel(*tensors, *options, True)
-    grads = cpu.backward_kernel(out, lse, *tensors, *saved, *options)
-    for tensor in (out, lse, *saved, *grads):
+    options = (None, None, torch.tensor(1), 0.25, interaction, dropout_p, "cpu")
+    out, lse, saved = pair.forward(*tensors, *options, True)
+    grads = pair.backward(out, lse, saved, *tensors, *options)
+    for tensor in (out, lse, saved, *grads):
         assert bool(tensor.isfinite().all())
 
 
@@ -133,20 +133,31 @@ def test_the_process_keeps_its_denormals():
 
 
 def test_a_library_of_another_abi_is_refused(monkeypatch):
-    version = _native.ABI_VERSION
-    monkeypatch.setattr(_native, "ABI_VERSION", 999)
-    library, reason = _native._load.__wrapped__()
+    version = native.ABI_VERSION
+    monkeypatch.setattr(native, "ABI_VERSION", 999)
+    library, reason = native._open(native.PATH, "a compiler")
     assert library is None
     assert f"ABI version {version}, this package 999; run `pip install -e .` again" in reason
 
 
-def test_a_missing_or_broken_library_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(_native, "PATH", tmp_path / "libavfkernels.so")
-    assert "was not built: it needs a C++ compiler" in _native._load.__wrapped__()[1]
-    _native.PATH.write_bytes(b"not a library")
-    assert "does not load" in _native._load.__wrapped__()[1]
+def test_a_structure_of_another_size_is_refused(monkeypatch):
+    """What ctypes lays out is what the C++ compiler did: both say how many bytes it is."""
+    assert native.library().avf_pair_bytes() == ctypes.sizeof(native.Pair)
+    monkeypatch.setattr(native, "Pair", native.Tensor)
+    assert native._open(native.PATH, "a compiler")[0] is None
+
+
+def test_a_missing_or_broken_library_is_explained(tmp_path):
+    path = tmp_path / "libavfkernels.so"
+    assert "was not built: it needs a C++ compiler" in native._open(path, "a C++ compiler")[1]
+    path.write_bytes(b"not a library")
+    assert "does not load" in native._open(path, "a C++ compiler")[1]
 
 
 def test_an_error_code_becomes_an_exception():
-    with pytest.raises(RuntimeError, match="some_function failed: out of memory"):
-        _native.check(1, "some_function")
+    class Library:
+        avf_pair_forward = staticmethod(lambda arguments: 1)
+        avf_error = native.library().avf_error
+
+    with pytest.raises(RuntimeError, match=r"avf_pair_forward failed: out of memory \(1\)"):
+        native.call(Library, "avf_pair_forward", native.Pair())

@@ -8,7 +8,7 @@ from oracle import assert_accurate, in_double, pair_inputs, plain_attention
 
 import avfkernels
 from avfkernels import latent_attention, pair_attention, prefix_attention
-from avfkernels._native import why_unavailable
+from avfkernels.native import why_unavailable
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 sizes = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65, 130])
@@ -119,12 +119,15 @@ def test_pair_attention_takes_slices_of_a_packed_projection(backend):
     torch.testing.assert_close(out, copied)
 
 
-def test_product_interactions_equal_the_equation():
-    q, k1, v1, k2, v2 = tensors = pair_inputs(N1=4, N2=3, F=2)
+@pytest.mark.parametrize(("N1", "N2"), [(4, 3), (3, 4)])  # the shorter side becomes rows (R4)
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_product_interactions_equal_the_equation(backend, N1, N2):
+    q, k1, v1, k2, v2 = tensors = pair_inputs(N1=N1, N2=N2, F=2)
     scores = torch.einsum("bhfd,bhid,bhjd->bhfij", q, k1, k2) * 0.5
     weights = scores.flatten(3).softmax(-1).view_as(scores)
     expected = torch.einsum("bhfij,bhid,bhjd->bhfd", weights, v1, v2)
-    out, lse = pair_attention(*tensors, scale=0.5, interaction="product", return_lse=True)
+    with avfkernels.backend(backend):
+        out, lse = pair_attention(*tensors, scale=0.5, interaction="product", return_lse=True)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, scores.flatten(3).logsumexp(-1))
 
@@ -178,33 +181,7 @@ def test_latent_and_prefix_attention_are_as_accurate_as_the_plain_formula(dtype)
             assert_accurate(grad, exact_grad, plain_grad, f"gradient of {op.__name__}")
 
 
-@needs_native
-@SETTINGS
-@given(
-    B=st.integers(1, 3), M=sizes, N=sizes, D=widths, mask=st.booleans(), dtype=st.sampled_from(["float32", "bfloat16"]),
-    seed=st.integers(0, 1000),
-)  # fmt: skip
-def test_native_latent_attention_equals_the_reference_with_gradients(B, M, N, D, mask, dtype, seed):
-    g, dtype = torch.Generator().manual_seed(seed), getattr(torch, dtype)
-    tensors = [torch.randn(B, n, D, generator=g).to(dtype).requires_grad_() for n in (M, N)]
-    upstream = torch.randn(B, M, D, generator=g, dtype=torch.float64)
-    options = {"scale": D**-0.5, "mask": random_mask(B, N, seed) if mask else None, "return_lse": True}
-
-    def with_gradients(function, inputs):
-        out, lse = function(*inputs)
-        return (out, lse, *torch.autograd.grad((out.double() * upstream).sum() + lse.sin().sum(), inputs))
-
-    with avfkernels.backend("cpu"):
-        got = with_gradients(lambda *t: latent_attention(*t, **options), tensors)
-    plain = with_gradients(lambda q, x: plain_attention(q, x, x, scale=options["scale"], mask=options["mask"]), tensors)
-    doubles = [t.detach().double().requires_grad_() for t in tensors]
-    with avfkernels.backend("reference"):
-        exact = with_gradients(lambda *t: latent_attention(*t, **options), doubles)
-    for triple in zip(got, exact, plain, strict=True):
-        assert_accurate(*triple, times=3, roundings=4)
-
-
-@pytest.mark.parametrize("backend", ["reference", *PAIR_BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_latent_attention_without_tokens_is_zero(backend):
     q, x = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
     mask = torch.tensor([[False] * 5, [True] * 5])
@@ -255,15 +232,17 @@ def pair_arguments(**changes):
         ({"v1": torch.zeros(2, 3, 8, 16)}, ValueError, r"v1 .* N1 = 9 as in k1"),
         ({"v2": torch.zeros(2, 3, 14, 8)}, ValueError, r"v2 .* dv = 16 as in v1"),
         ({"k2": torch.zeros(1, 3, 14, 16)}, ValueError, r"k2 .* B = 2 as in q"),
-        ({"k2": torch.zeros(2, 3, 14, 16, dtype=torch.float64)}, TypeError, "k2 is torch.float64, q is torch.float32"),
-        ({"q": torch.zeros(2, 3, 16, 16, dtype=torch.int64)}, TypeError, "q must be floating point"),
+        ({"k2": torch.zeros(2, 3, 14, 16, dtype=torch.float64)}, ValueError,
+         r"k2 \[2, 3, 14, 16\] is torch.float64, q \[2, 3, 16, 16\] is torch.float32; cast them to one dtype"),
+        (dict.fromkeys(("q", "k1", "v1", "k2", "v2"), torch.zeros(2, 3, 9, 16, dtype=torch.int64)), TypeError,
+         "q must be floating point"),
         ({"v2": None}, TypeError, "v2 must be a tensor"),
         ({"k1": torch.zeros(2, 3, 9, 16, device="meta")}, ValueError, "k1 is on meta, q on cpu"),
         ({"mask1": torch.ones(2, 8, dtype=torch.bool)}, ValueError, r"mask1 must have shape \[B, N\] = \[2, 9\]"),
-        ({"mask2": torch.ones(2, 14)}, TypeError, "mask2 must be a bool tensor"),
+        ({"mask2": torch.ones(2, 14)}, ValueError, r"mask2 must be a bool tensor \[B, N\] = \[2, 14\].*got.*float32"),
         ({"interaction": "max"}, ValueError, "interaction must be one of"),
     ],
-)
+)  # fmt: skip
 def test_pair_attention_names_the_bad_argument(changes, error, message):
     with pytest.raises(error, match=message):
         pair_attention(**pair_arguments(**changes))

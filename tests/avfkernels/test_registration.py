@@ -1,13 +1,15 @@
-"""What torch needs of an op: opcheck, gradcheck, compile, meta tensors, autocast, export."""
+"""What torch needs of an op: opcheck, gradcheck, compile, meta tensors, autocast, torch.func."""
 
 import pytest
 import torch
 from oracle import assert_accurate, pair_inputs
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import avfkernels
 from avfkernels import latent_attention, pair_attention, prefix_attention
-from avfkernels._native import why_unavailable
+from avfkernels.native import why_unavailable
 
 needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
@@ -19,106 +21,112 @@ def latent_inputs(dtype=torch.float64, grad=False):
 
 def prefix_inputs(dtype=torch.float64, grad=False):
     g = torch.Generator().manual_seed(0)
-    shapes = [(2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6), (2, 2, 2, 4), (2, 2, 2, 6)]
+    shapes = [(2, 7, 3, 4), (2, 7, 5, 4), (2, 7, 5, 6), (2, 7, 8, 4), (2, 7, 8, 6)]
     return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for shape in shapes]
 
 
 def small_pair_inputs(dtype=torch.float64, grad=False):
-    return pair_inputs(2, 2, 3, 4, 5, 3, 2, dtype, grad=grad)
+    return pair_inputs(2, 3, 9, 4, 5, 6, 7, dtype, grad=grad)
 
 
 OPS = [(pair_attention, small_pair_inputs), (latent_attention, latent_inputs), (prefix_attention, prefix_inputs)]
-
-
-@pytest.mark.parametrize(("op", "inputs"), OPS)
-def test_opcheck(op, inputs):
-    registered = getattr(torch.ops.avfkernels, op.__name__).default
-    opcheck(registered, tuple(inputs(torch.float32, grad=True)), {"scale": 0.5})
 
 
 @needs_native
 @pytest.mark.parametrize("interaction", ["sum", "product"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_opcheck_of_the_native_kernels(interaction, masked, dropout_p):
+def test_opcheck_of_the_registered_pair(interaction, masked, dropout_p):
     masks = (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)) if masked else (None, None)
     tensors = small_pair_inputs(torch.float32, grad=True)
-    options = (0.5, interaction, *masks, dropout_p, torch.tensor(3) if dropout_p else None)
-    opcheck(torch.ops.avfkernels.pair_attention_cpu.default, (*tensors, *options, True))
+    options = (*masks, torch.tensor(3) if dropout_p else None, 0.5, interaction, dropout_p, "cpu")
+    for save in (True, False):
+        given = tensors if save else [t.detach() for t in tensors]
+        opcheck(torch.ops.avfkernels.pair_attention.default, (*given, *options, save))
     tensors = [t.detach() for t in tensors]
-    opcheck(torch.ops.avfkernels.pair_attention_cpu_inference.default, (*tensors, *options, True))
-    out, lse, *saved = torch.ops.avfkernels.pair_attention_cpu(*tensors, *options, True)
-    opcheck(torch.ops.avfkernels.pair_attention_cpu_backward.default, (out, lse, *tensors, *saved, *options))
+    out, lse, saved = torch.ops.avfkernels.pair_attention(*tensors, *options, True)
+    opcheck(torch.ops.avfkernels.pair_attention_backward.default, (out, lse, saved, *tensors, *options))
+
+
+def test_one_pair_of_ops_is_registered():
+    assert {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("avfkernels::")} == {
+        "avfkernels::pair_attention", "avfkernels::pair_attention_backward",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize(("op", "inputs"), OPS)
-def test_first_and_second_derivatives_equal_finite_differences(op, inputs, backend):
+def test_derivatives_equal_finite_differences(op, inputs, backend):
     with avfkernels.backend(backend):
-        tensors = inputs(grad=True)
-        assert torch.autograd.gradcheck(lambda *t: op(*t, scale=0.5), tensors)
-        assert torch.autograd.gradgradcheck(lambda *t: op(*t, scale=0.5), tensors)
+        assert torch.autograd.gradcheck(lambda *t: op(*t, scale=0.5), inputs(grad=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize("interaction", ["sum", "product"])
-def test_derivatives_of_lse_and_of_products_equal_finite_differences(interaction):
+def test_derivatives_of_lse_and_of_products_equal_finite_differences(interaction, backend):
     tensors = small_pair_inputs(grad=True)
     mask = torch.tensor([[True, False, True, True], [True, True, True, False]])
-    assert torch.autograd.gradcheck(
-        lambda *t: pair_attention(*t, scale=0.5, interaction=interaction, mask1=mask, return_lse=True), tensors
-    )
-
-
-# Traces each op twice; the first trace of a process imports the compiler.
-@pytest.mark.parametrize(("op", "inputs"), OPS)
-def test_compiles_whole_with_dynamic_shapes(op, inputs):
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *t: op(*t, scale=0.5), fullgraph=True, dynamic=True, backend="aot_eager")
-    tensors = inputs(torch.float32, grad=True)
-    for t in ([x.detach() for x in tensors], [torch.cat((x, x, x), 1).detach() for x in tensors]):
-        torch.testing.assert_close(compiled(*t), op(*t, scale=0.5))
-    grads = torch.autograd.grad(compiled(*tensors).sin().sum(), tensors)
-    expected = torch.autograd.grad(op(*tensors, scale=0.5).sin().sum(), tensors)
-    torch.testing.assert_close(grads, expected)
-
-
-@needs_native
-def test_the_native_kernel_is_chosen_under_compile_too():
-    torch._dynamo.reset()
-    graphs = []
-
-    def keep(graph, _):
-        graphs.append(graph)
-        return graph
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    compiled = torch.compile(
-        lambda *t: pair_attention(*t, scale=0.5), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
-    )
-    tensors = pair_inputs(2, 4, 16, 96, 196, dtype=torch.float32)
-    torch.testing.assert_close(compiled(*tensors), pair_attention(*tensors, scale=0.5))
-    assert "pair_attention_cpu_inference" in graphs[0].code
+    with avfkernels.backend(backend):
+        assert torch.autograd.gradcheck(
+            lambda *t: pair_attention(*t, scale=0.5, interaction=interaction, mask1=mask, return_lse=True), tensors
+        )
 
 
 @needs_native
 @pytest.mark.parametrize("interaction", ["sum", "product"])
-def test_the_native_backward_and_dropout_compile_whole(interaction):
-    torch._dynamo.reset()
+def test_a_second_derivative_of_a_kernel_is_an_error_and_has_a_remedy(interaction):
     tensors = small_pair_inputs(torch.float32, grad=True)
 
+    def penalty():
+        loss = pair_attention(*tensors, scale=0.5, interaction=interaction).sin().sum()
+        first = torch.autograd.grad(loss, tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    with pytest.raises(RuntimeError, match=r"pair_attention: create_graph=True .*backend\('reference'\)"):
+        penalty()
+    with avfkernels.backend("reference"):
+        assert all(bool(g.isfinite().all()) for g in penalty())
+
+
+@pytest.mark.parametrize(("op", "inputs"), OPS)
+def test_compiles_whole_and_once_for_all_shapes(op, inputs):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *t: op(*t, scale=0.5), fullgraph=True, dynamic=True, backend=counter)
+    tensors = inputs(torch.float32)
+    longer = [torch.cat((x, x, x), x.ndim - 2) for x in tensors]
+    more = [torch.cat((x, x, x)) for x in tensors]
+    graphs = set()
+    for t in (tensors, longer, more):
+        torch.testing.assert_close(compiled(*t), op(*t, scale=0.5))
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
+    tensors = [x.requires_grad_() for x in tensors]
+    grads = torch.autograd.grad(compiled(*tensors).sin().sum(), tensors)
+    torch.testing.assert_close(grads, torch.autograd.grad(op(*tensors, scale=0.5).sin().sum(), tensors))
+
+
+@needs_native
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_the_kernel_and_its_backward_are_in_the_compiled_graphs(interaction, dropout_p):
+    torch._dynamo.reset()
+    tensors, graphs = small_pair_inputs(torch.float32, grad=True), []
+
     def run(*t):
-        return pair_attention(*t, scale=0.5, interaction=interaction, dropout_p=0.3, seed=torch.tensor(7))
+        seed = torch.tensor(7) if dropout_p else None
+        return pair_attention(*t, scale=0.5, interaction=interaction, dropout_p=dropout_p, seed=seed)
 
-    from torch._dynamo.backends.common import aot_autograd
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return graph
 
-    graphs = []
-    keep = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=lambda graph, _: graphs.append(graph) or graph)
-    compiled = torch.compile(run, fullgraph=True, backend=keep)
+    compiled = torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
     results = [(out, *torch.autograd.grad(out.sin().sum(), tensors)) for out in (compiled(*tensors), run(*tensors))]
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)
-    assert "pair_attention_cpu_backward" in graphs[0].code
+    assert ["pair_attention_backward" in code for code in graphs] == [False, True]
+    assert "avfkernels.pair_attention.default" in graphs[0]
 
 
 @pytest.mark.parametrize(("op", "inputs"), OPS)
@@ -144,18 +152,6 @@ def test_autocast_computes_in_the_autocast_dtype(op, inputs, backend):
             assert op(*doubles, scale=0.5).dtype == torch.float64
 
 
-def test_export_decomposes_into_aten():
-    class Pairs(torch.nn.Module):
-        def forward(self, *tensors):
-            return pair_attention(*tensors, scale=0.5)
-
-    tensors = tuple(small_pair_inputs(torch.float32))
-    with avfkernels.backend("eager"):
-        program = torch.export.export(Pairs(), tensors).run_decompositions()
-    assert "avfkernels" not in program.graph_module.code
-    torch.testing.assert_close(program.module()(*tensors), pair_attention(*tensors, scale=0.5))
-
-
 def test_vmap_and_functional_gradients():
     tensors = small_pair_inputs()
 
@@ -165,39 +161,6 @@ def test_vmap_and_functional_gradients():
     stacked = [torch.stack((t, 2 * t)) for t in tensors]
     grads = torch.func.vmap(torch.func.grad(loss))(*stacked)
     torch.testing.assert_close(grads[1], torch.func.grad(loss)(*(2 * t for t in tensors)))
-
-
-@needs_native
-@pytest.mark.parametrize("interaction", ["sum", "product"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_second_derivatives_through_the_native_kernel(interaction, dropout_p):
-    """The gradient of a gradient penalty: the kernel gives way to the formula where autograd records."""
-    options = {"scale": 0.5, "interaction": interaction, "dropout_p": dropout_p, "seed": 3, "return_lse": True}
-    results = []
-    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
-        tensors = small_pair_inputs(dtype, grad=True)
-        with avfkernels.backend(backend):
-            out, lse = pair_attention(*tensors, **options)
-            assert ("CPU" in str(out.grad_fn) or "cpu" in str(out.grad_fn)) == (backend == "cpu")
-            loss = out.sin().sum() + lse.cos().sum()
-            first = torch.autograd.grad(loss, tensors, create_graph=True)
-            results.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), tensors)))
-    for triple in zip(*results, strict=True):
-        assert_accurate(*triple, times=3, roundings=4)
-
-
-@needs_native
-def test_second_derivatives_where_an_output_depends_on_nothing_that_wants_any():
-    """Frozen keys: lse has no gradient, though one is given; and a piece without tokens has none at all."""
-    q, k1, v1, k2, v2 = small_pair_inputs(torch.float32)
-    for wanted, keys in ((v1, k1), (q, k1[:, :, :0])):
-        wanted.requires_grad_()
-        with avfkernels.backend("cpu"):
-            out, lse = pair_attention(q, keys, v1[:, :, : keys.shape[2]], k2, v2, scale=0.5, return_lse=True)
-            finite = lse.masked_fill(lse.isinf(), 0.0)
-            (first,) = torch.autograd.grad(out.sin().sum() + finite.sum(), wanted, create_graph=True, allow_unused=True)
-        assert first is None or first.isfinite().all()
-        wanted.requires_grad_(False)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +190,6 @@ def test_forward_mode_differentiation(case):
 @needs_native
 def test_compiled_code_follows_the_override():
     torch._dynamo.reset()
-    from torch._dynamo.backends.common import aot_autograd
-
     graphs = []
     keep = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph.code) or graph)
     compiled = torch.compile(lambda *t: pair_attention(*t, scale=0.5), fullgraph=True, backend=keep)
@@ -236,18 +197,43 @@ def test_compiled_code_follows_the_override():
     for name in (None, "eager", "reference", None):
         with avfkernels.backend(name):
             compiled(*tensors)
-    assert ["pair_attention_cpu" in code for code in graphs] == [True, False, False]
+    assert ["avfkernels.pair_attention" in code for code in graphs] == [True, False, False]
     assert len(set(graphs)) == 3
 
 
-def test_what_caches_of_compiled_graphs_see_tells_backends_apart():
-    """Inductor's cache on disk takes the graph before the op is resolved as its key."""
-    torch._dynamo.reset()
-    graphs = []
-    compiled = torch.compile(
-        lambda *t: latent_attention(*t, scale=0.5), backend=lambda graph, _: graphs.append(graph.code) or graph
+@pytest.mark.parametrize("mask", ["mask1", "mask2"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("interaction", ["sum", "product"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_bug_what_hidden_tokens_hold_reached_results_as_0_times_nan(backend, dtype, dropout_p, interaction, bad, mask):
+    n, keys = (9, 1) if mask == "mask1" else (14, 3)
+    keep = torch.arange(n).expand(2, n) % 3 != 1
+    options = {"scale": 0.25, "interaction": interaction, "dropout_p": dropout_p, "seed": 3, "return_lse": True}
+    results = []
+    for value in (0.0, bad):
+        tensors = pair_inputs(dtype=dtype)
+        for x in tensors[keys : keys + 2]:
+            x.masked_fill_(~keep[:, None, :, None], value)
+        tensors = [x.requires_grad_() for x in tensors]
+        with avfkernels.backend(backend):
+            out, lse = pair_attention(*tensors, **options, **{mask: keep})
+        results.append((out, lse, *torch.autograd.grad(out.sin().sum() + lse.sin().sum(), tensors)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    hidden = results[1][2 + keys][:, :, ~keep[0]]
+    assert not hidden.any()
+
+
+def test_hidden_tokens_of_latent_and_prefix_attention_may_be_nan():
+    x = torch.randn(2, 5, 8)
+    keep = torch.arange(5).expand(2, 5) < 3
+    dirty = x.masked_fill(~keep[..., None], float("nan"))
+    torch.testing.assert_close(
+        latent_attention(x, dirty, scale=1.0, mask=keep), latent_attention(x, x[:, :3], scale=1.0)
     )
-    for name in (None, "eager", "reference"):
-        with avfkernels.backend(name):
-            compiled(*latent_inputs())
-    assert len(set(graphs)) == 3
+    heads, dirty = x[:, None], dirty[:, None]
+    got = prefix_attention(heads, dirty, dirty, heads, heads, scale=1.0, mask=torch.cat((keep | True, keep), 1))
+    torch.testing.assert_close(got, prefix_attention(heads, *[heads[:, :, :3]] * 2, heads, heads, scale=1.0))
+    assert_accurate(got, got.double(), got)

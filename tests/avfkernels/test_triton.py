@@ -14,16 +14,13 @@ import torch
 from oracle import assert_accurate, pair_inputs, plain_pair_attention
 
 import avfkernels
-from avfkernels import pair_attention, prefix_attention
-from avfkernels._ops import BACKENDS
-from avfkernels.pair_attention import triton as pair_triton
-from avfkernels.pair_attention.dropout import pair_dropout
-from avfkernels.prefix_attention import triton as prefix_triton
+from avfkernels import pair_attention
+from avfkernels.ops import pair
+from avfkernels.ops.dropout import pair_dropout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-MODULES = {pair_attention: pair_triton, prefix_attention: prefix_triton}
 
 
 def runs_kernels(test):
@@ -33,11 +30,10 @@ def runs_kernels(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-if INTERPRETED:
-    _library = torch.library.Library("avfkernels", "IMPL")
-    for _module in MODULES.values():
-        _library.impl(_module.SCHEMA.split("(")[0], _module.kernel, "CPU")
-        _library.impl(_module.BACKWARD_SCHEMA.split("(")[0], _module.backward_kernel, "CPU")
+@pytest.fixture(autouse=True)
+def interpreted_on_cpu_tensors(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setitem(pair.WHY_NOT, "triton", lambda a: None)
 
 
 in_an_ordinary_process = pytest.mark.skipif(INTERPRETED, reason="in the process that starts this one")
@@ -55,19 +51,14 @@ def test_every_kernel_interpreted():
     assert " passed" in run.stdout.splitlines()[-1], run.stdout
 
 
-def inputs_of(op, shape, dtype):
-    if op is pair_attention:
-        return [t.to(DEVICE) for t in pair_inputs(*shape, dtype=dtype, logit=2.0)]
-    generator = torch.Generator().manual_seed(0)
-    B, H, N, K, P, d, dv = shape
-    shapes = [(B, H, N, d), (B, H, K, d), (B, H, K, dv), (B, H, P, d), (B, H, P, dv)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for s in shapes]
+def inputs_of(shape, dtype):
+    return [t.to(DEVICE) for t in pair_inputs(*shape, dtype=dtype, logit=2.0)]
 
 
-def triton_call(op, tensors, options):
-    """(out, lse) by the Triton backend, with its autograd formula, whatever the device."""
-    defaults = {"interaction": "sum", "mask1": None, "mask2": None, "dropout_p": 0.0, "seed": None}
-    return MODULES[op].forward(*tensors, **(defaults if op is pair_attention else {}) | options, return_lse=True)
+def triton_call(tensors, options):
+    """(out, lse) by the Triton backend, whatever the device."""
+    with avfkernels.backend("triton"):
+        return pair_attention(*tensors, **options, return_lse=True)
 
 
 def gradients(call, tensors, upstream):
@@ -79,18 +70,18 @@ def gradients(call, tensors, upstream):
     return out, lse, *torch.autograd.grad(loss, tensors)
 
 
-def compare(op, shape, dtype, tensors=None, **options):
+def compare(shape, dtype, tensors=None, **options):
     """out, lse and every gradient against the reference in float64."""
-    tensors = inputs_of(op, shape, dtype) if tensors is None else tensors
+    tensors = inputs_of(shape, dtype) if tensors is None else tensors
     generator = torch.Generator().manual_seed(7)
     upstream = torch.randn(*tensors[0].shape[:-1], tensors[2].shape[-1], dtype=torch.float64, generator=generator).to(
         DEVICE
     )
     upstream = upstream.to(dtype).double()
-    got = gradients(lambda *t: triton_call(op, t, options), tensors, upstream)
+    got = gradients(lambda *t: triton_call(t, options), tensors, upstream)
     with avfkernels.backend("reference"):
         exact, plain = (
-            gradients(lambda *t: op(*t, **options, return_lse=True), inputs, upstream)
+            gradients(lambda *t: pair_attention(*t, **options, return_lse=True), inputs, upstream)
             for inputs in ([t.double() for t in tensors], tensors)
         )
     # In half types the reference rounds the result alone; kernels round weights too.
@@ -120,7 +111,7 @@ def test_pairs(shape, interaction, dropout_p, dtype):
     options["seed"] = torch.tensor(2**40 + 5, device=DEVICE) if dropout_p else None
     if shape[0] > 1:
         options |= masks(shape[0], shape[3], shape[4])
-    compare(pair_attention, shape, dtype, **options)
+    compare(shape, dtype, **options)
 
 
 @runs_kernels
@@ -128,8 +119,8 @@ def test_pairs(shape, interaction, dropout_p, dtype):
 @pytest.mark.parametrize("interaction", ["sum", "product"])
 def test_bug_a_single_pair_has_weight_one_and_logits_without_gradient(interaction, dtype):
     """delta came from another rounding of the same number, so that the gradients of q and k were rounding errors."""
-    tensors = [t.requires_grad_() for t in inputs_of(pair_attention, (2, 2, 5, 1, 1, 16, 16), dtype)]
-    out, _ = triton_call(pair_attention, tensors, {"scale": 0.25, "interaction": interaction})
+    tensors = [t.requires_grad_() for t in inputs_of((2, 2, 5, 1, 1, 16, 16), dtype)]
+    out, _ = triton_call(tensors, {"scale": 0.25, "interaction": interaction})
     grad_q, grad_k1, _, grad_k2, _ = torch.autograd.grad(out.float().sin().sum(), tensors)
     assert not any(bool(grad.any()) for grad in (grad_q, grad_k1, grad_k2))
 
@@ -138,27 +129,45 @@ def test_bug_a_single_pair_has_weight_one_and_logits_without_gradient(interactio
 @pytest.mark.parametrize("interaction", ["sum", "product"])
 @pytest.mark.parametrize("shape", [(1, 2, 3, 0, 5, 16, 16), (1, 2, 3, 5, 0, 16, 16), (0, 2, 3, 5, 4, 16, 16)])
 def test_empty_sides(shape, interaction):
-    compare(pair_attention, shape, torch.float32, scale=0.25, interaction=interaction)
+    compare(shape, torch.float32, scale=0.25, interaction=interaction)
 
 
 @runs_kernels
-def test_many_queries_and_long_sets_that_are_split():
-    blocks = (1, 1, 70, 40, 70, 16, 16)  # two blocks of queries: their gradients and the tokens' are two kernels
-    compare(pair_attention, blocks, torch.float32, scale=0.25)
-    split = (1, 1, 3, 300, 600, 16, 16)
-    compare(pair_attention, split, torch.float32, scale=0.25)
+def test_many_queries_and_long_sets_whose_gradients_are_split_over_tokens(monkeypatch):
+    launched = []
+    if INTERPRETED:
+        from avfkernels.ops import pair_sum_triton as kernels
+
+        for name in ("merge", "backward_kernel", "backward_tokens_kernel"):
+            kernel = getattr(kernels, name)
+            spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
+            monkeypatch.setattr(kernels, name, spy)
+    for shape, expected in (
+        ((1, 1, 70, 40, 70, 16, 16), ["backward_kernel", *["backward_tokens_kernel"] * 2]),  # two blocks of queries
+        ((1, 1, 3, 300, 600, 16, 16), ["merge", "backward_kernel", *["backward_tokens_kernel"] * 2]),  # long sets
+        ((1, 1, 3, 0, 600, 16, 16), ["merge", "backward_kernel", "backward_tokens_kernel"]),
+        ((1, 1, 3, 30, 60, 16, 16), ["backward_kernel"]),
+    ):
+        launched.clear()
+        compare(shape, torch.float32, scale=0.25)
+        assert not INTERPRETED or launched == expected
+    compare((2, 1, 3, 300, 600, 16, 16), torch.float32, scale=0.25, **masks(2, 300, 600))
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-# B, H, N, K, P, d, dv
-@pytest.mark.parametrize(
-    "shape",
-    [(2, 2, 19, 21, 5, 16, 16), (1, 1, 70, 70, 16, 20, 33), (1, 1, 3, 300, 20, 16, 16), (1, 1, 3, 0, 5, 16, 16),
-     (1, 1, 3, 4, 0, 16, 16), (1, 1, 3, 0, 0, 16, 16)],
-)  # fmt: skip
-def test_prefix(shape, dtype):
-    compare(prefix_attention, shape, dtype, scale=0.25)
+@pytest.mark.parametrize(("interaction", "dropout_p"), [("sum", 0.0), ("product", 0.0), ("sum", 0.3)])
+def test_hidden_tokens_may_hold_nan(interaction, dropout_p):
+    keep = masks(2, 9, 17)
+    keep["mask1"][0] = True
+    options = {"scale": 0.25, "interaction": interaction, "dropout_p": dropout_p, "seed": 5}
+    results = []
+    for value in (0.0, float("nan")):
+        tensors = inputs_of((2, 1, 5, 9, 17, 16, 16), torch.float32)
+        for i, mask in ((1, "mask1"), (2, "mask1"), (3, "mask2"), (4, "mask2")):
+            tensors[i].masked_fill_(~keep[mask][:, None, :, None], value)
+        upstream = torch.ones(2, 1, 5, 16, dtype=torch.float64, device=DEVICE)
+        results.append(gradients(lambda *t: triton_call(t, options | keep), tensors, upstream))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @runs_kernels
@@ -176,7 +185,7 @@ def test_error_is_that_of_the_plain_formula(interaction, dtype):
         results = []
         for call, inputs in (
             (lambda *t: plain_pair_attention(*t, **options)[0], [t.double() for t in tensors]),
-            (lambda *t: triton_call(pair_attention, t, options)[0], tensors),
+            (lambda *t: triton_call(t, options)[0], tensors),
             (lambda *t: plain_pair_attention(*t, **options)[0], tensors),
         ):
             inputs = [t.detach().requires_grad_() for t in inputs]
@@ -197,7 +206,7 @@ def test_slices_of_a_packed_projection_and_an_expanded_gradient(interaction):
     results = []
     for tensors in (views, [view.contiguous() for view in views]):
         tensors = [t.detach().requires_grad_() for t in tensors]
-        out = triton_call(pair_attention, tensors, {"scale": 0.25, "interaction": interaction})[0]
+        out = triton_call(tensors, {"scale": 0.25, "interaction": interaction})[0]
         results.append((out, *torch.autograd.grad(out.sum(), tensors)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -212,7 +221,7 @@ def test_the_dropout_mask_is_that_of_the_reference(interaction):
     if interaction == "product":
         v1, v2 = torch.ones_like(v1), torch.eye(N2, 16, device=DEVICE).expand(B, H, N2, 16)
     options = {"scale": 1.0, "interaction": interaction, "dropout_p": 0.4, "seed": seed}
-    out = triton_call(pair_attention, (q, k1, v1, k2, v2), options)[0] * (N1 * N2)
+    out = triton_call((q, k1, v1, k2, v2), options)[0] * (N1 * N2)
     mask = pair_dropout(seed, 0.4, B, H, F, N1, N2)
     expected = mask.sum(4) if interaction == "sum" else mask.sum(3)
     torch.testing.assert_close(out[..., : expected.shape[3]], expected)
@@ -222,10 +231,10 @@ def test_the_dropout_mask_is_that_of_the_reference(interaction):
 @pytest.mark.parametrize("dv", [0, 16])
 @pytest.mark.parametrize("interaction", ["sum", "product"])
 def test_gradients_of_lse_alone_and_values_of_no_width(interaction, dv):
-    tensors = [t.requires_grad_() for t in inputs_of(pair_attention, (1, 2, 3, 5, 9, 16, dv), torch.float32)]
+    tensors = [t.requires_grad_() for t in inputs_of((1, 2, 3, 5, 9, 16, dv), torch.float32)]
     doubles = [t.detach().double().requires_grad_() for t in tensors]
     options = {"scale": 0.25, "interaction": interaction}
-    out, lse = triton_call(pair_attention, tensors, options)
+    out, lse = triton_call(tensors, options)
     assert out.shape == (1, 2, 3, dv)
     grad_q, grad_k1, grad_v1, grad_k2, grad_v2 = torch.autograd.grad(lse.sin().sum(), tensors)
     assert not grad_v1.any()
@@ -239,29 +248,6 @@ def test_gradients_of_lse_alone_and_values_of_no_width(interaction, dv):
         assert_accurate(*triple, times=3, roundings=4)
 
 
-@runs_kernels
-def test_opcheck():
-    schema_only = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for op, shape in (
-        (pair_attention, (1, 1, 3, 4, 5, 16, 16)),
-        (prefix_attention, (1, 1, 3, 4, 2, 16, 16)),
-    ):
-        tensors = [t.requires_grad_() for t in inputs_of(op, shape, torch.float32)]
-        rest = (0.5, "sum", None, None, 0.0, None) if op is pair_attention else (0.5,)
-        name = MODULES[op].SCHEMA.split("(")[0]
-        registered = getattr(torch.ops.avfkernels, name).default
-        torch.library.opcheck(registered, (*tensors, *rest, True, True), test_utils=schema_only)
-
-
-@in_an_ordinary_process
-@pytest.mark.parametrize("op", MODULES, ids=lambda op: op.__name__)
-def test_a_backend_says_why_it_cannot_run_and_is_not_chosen_unmeasured(op):
-    tensors = [torch.empty(1, 1, 2, 16)] * 5
-    with avfkernels.backend("triton"), pytest.raises(RuntimeError, match="tensors are on cpu, not on a CUDA device"):
-        op(*tensors, scale=1.0)
-    assert not BACKENDS[op.__name__]["triton"].is_faster()
-
-
 @in_an_ordinary_process
 def test_the_package_imports_without_triton():
     """Neither importing avfkernels nor asking what runs imports triton, and without it there is a reason."""
@@ -271,10 +257,11 @@ def test_the_package_imports_without_triton():
         "util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
         "import torch\n"
         "loaded = 'triton' in sys.modules\n"
-        "from avfkernels import _triton\n"
+        "from avfkernels.ops import pair_triton\n"
         "assert loaded or 'triton' not in sys.modules\n"
-        "class Cuda: device = torch.device('cuda'); dtype = torch.float32; shape = (1, 16); stride = lambda *a: 1\n"
-        "assert _triton.why_not(128, q=Cuda()) == 'triton is not installed'\n"
+        "class Cuda: device = torch.device('cuda'); dtype = torch.float32; shape = (1, 16)\n"
+        "class Pairs: q = v1 = Cuda()\n"
+        "assert pair_triton.why_not(Pairs()) == 'triton is not installed'\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

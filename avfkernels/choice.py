@@ -1,0 +1,135 @@
+"""Which implementation of an op runs where, the measurement that says so, and the override.
+
+    reference   the paper's equations, materialising every pair; the oracle that everything is tested against
+    eager       the exact rewrites R1, R2 and R4 in plain PyTorch; runs everywhere
+    cpu         C++ (csrc/)
+    triton      Triton
+    cuda        CUDA C++ (csrc/), whose backward is Triton's
+
+`TABLE` names one for every op, kind of device and regime. Ops that are not in it are plain PyTorch everywhere.
+`AVF_BACKEND=name` and `with avfkernels.backend(name):` override it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+NAMES = ("reference", "eager", "cpu", "triton", "cuda")
+KERNELS = ("cpu", "triton", "cuda")
+HALF = (torch.bfloat16, torch.float16)
+
+# A module global, not a context variable: torch.compile guards on it, as it is read in a trace.
+_forced: str | None = None
+
+
+class Choice(NamedTuple):
+    """A row of the table: where `holds` is true of an op's arguments, `implementation` is the fastest by `evidence`."""
+
+    op: str
+    device: str
+    regime: str
+    implementation: str
+    evidence: str  # of bench/results/
+    holds: Callable[..., bool]
+
+
+def _separates(a) -> bool:
+    return a.interaction == "sum" and a.dropout_p == 0.0
+
+
+def _small_product(a) -> bool:
+    pairs = a.k1.shape[2] * a.k2.shape[2]
+    return a.interaction == "product" and max(a.q.shape[3], a.v1.shape[3]) <= 32 and pairs <= 1 << 16
+
+
+# From top to bottom: the first that holds and can run.
+TABLE = (
+    Choice("pair_attention", "cpu", "sums, 8 queries or more", "cpu", "cpu-amd-epyc-2-cores-avx512.md",
+           lambda a: _separates(a) and a.q.shape[2] >= 8),
+    Choice("pair_attention", "cpu", "products and dropped pairs", "cpu", "cpu-amd-epyc-2-cores-avx512.md",
+           lambda a: not _separates(a)),
+    Choice("pair_attention", "cuda", "sums", "triton", "nvidia-h200-gpu.md", _separates),
+    Choice("pair_attention", "cuda", "dropped pairs", "triton", "nvidia-h200-gpu.md", lambda a: a.dropout_p > 0.0),
+    Choice("pair_attention", "cuda", "products of 16 bits, up to 32 wide and 65536 pairs", "cuda",
+           "nvidia-h200-gpu.md", lambda a: a.q.dtype in HALF and _small_product(a)),
+    Choice("pair_attention", "any", "sums; other products", "eager", "nvidia-h200-gpu.md",
+           lambda a: a.dropout_p == 0.0),
+    Choice("pair_attention", "any", "dropped pairs, where no kernel runs", "reference", "-", lambda a: True),
+)  # fmt: skip
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: no backend is called {name!r}; expected one of {', '.join(NAMES)}")
+    return name
+
+
+def forced() -> str | None:
+    """The backend that an override names, or None while the table chooses."""
+    return _forced
+
+
+def materialises() -> bool:
+    """True while the `reference` backend is forced: modules then follow the paper's equations to the letter."""
+    return _forced == "reference"
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is active: they see PyTorch's operators."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Runs the ops inside the block on the named backend; None restores the automatic choice.
+
+    An op without that backend runs as `eager`; an op that has it but cannot run it with the arguments at hand
+    raises RuntimeError with the reason. The override holds for the whole process, not for one thread.
+
+    Raises ValueError for an unknown name.
+    """
+    global _forced
+    previous, _forced = _forced, None if name is None else _check_name(name, "avfkernels.backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(op: str, arguments, why_not: Mapping[str, Callable]) -> str:
+    """The name of the implementation that runs `op` with these arguments (`arguments.q` has their device).
+
+    why_not: name -> function of the arguments that returns the reason it cannot run, or None. An exported program
+    holds operators of PyTorch alone, so that it runs where this package is not.
+
+    Raises RuntimeError if the forced one cannot run.
+    """
+    exporting = torch.compiler.is_exporting()
+    plain = exporting or transformed()
+    if _forced and not (exporting and _forced in KERNELS):
+        reason = why_not[_forced](arguments)
+        if _forced in KERNELS and plain:
+            reason = "torch.func and forward-mode differentiation need operators of PyTorch"
+        if reason:
+            raise RuntimeError(f"{op}: the backend {_forced!r} was asked for and cannot run: {reason}")
+        return _forced
+    device = arguments.q.device.type
+    for row in TABLE:
+        name = row.implementation
+        if row.op != op or row.device not in (device, "any") or (plain and name in KERNELS):
+            continue
+        if row.holds(arguments) and why_not[name](arguments) is None:
+            return name
+    raise AssertionError("the last row holds always")
+
+
+if os.environ.get("AVF_BACKEND"):
+    _forced = _check_name(os.environ["AVF_BACKEND"], "AVF_BACKEND")
