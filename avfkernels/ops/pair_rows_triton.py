@@ -22,15 +22,16 @@ import triton
 import triton.language as tl
 
 from avfkernels.ops.dropout import keep_factor, threshold
-from avfkernels.ops.pair_triton import bytes_of, cdiv, padded
+from avfkernels.ops.pair_triton import cdiv, padded, side, sides, widths
 from avfkernels.ops.tiles import (
     at_head,
-    counted,
     dot,
     exp,
     finish,
     finite,
+    head_of,
     load_rows,
+    load_side,
     load_softmax,
     merge,
     save_partial,
@@ -38,15 +39,19 @@ from avfkernels.ops.tiles import (
     softmax_start,
     softmax_step,
     store_rows,
+    store_side,
+    zeros,
 )  # fmt: skip
 
 PROGRAMS = 512  # enough for a device
 BLOCK_F = 16
+SIZES = ["B", "H", "F", "N1", "N2", "splits"]
 
 
 @triton.jit
-def drop(tile, p_seed, threshold, keep_factor, i, f, bh, j0, ROWS: tl.constexpr, BLOCK_J: tl.constexpr):
-    """tile [rows, BLOCK_J] * 0 or keep_factor, for the pairs (i, j0 + j) of queries f (dropout.py); 8 divides j0."""
+def drop(tile, dropout, i, f, bh, j0, ROWS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """tile [rows, BLOCK_J] * 0 or a factor, for the pairs (i, j0 + j) of queries f (dropout.py); 8 divides j0."""
+    p_seed, threshold, keep_factor = dropout
     groups = j0 // 8 + tl.arange(0, BLOCK_J // 8)
     zero = tl.zeros([ROWS, BLOCK_J // 8], tl.int32)
     w0, w1, w2, w3 = tl.philox(
@@ -74,13 +79,21 @@ def row_logits(x, y, PRODUCT: tl.constexpr):
     return logits
 
 
-@triton.jit(do_not_specialize=["B", "H", "F", "N1", "N2", "splits"])
+@triton.jit
+def by_query(rows, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr):
+    """[rows, ...] -> [BLOCK_I, BLOCK_F, ...]"""
+    if len(rows.shape) == 1:
+        rows = tl.reshape(rows, [BLOCK_I, BLOCK_F])
+    else:
+        rows = tl.reshape(rows, [BLOCK_I, BLOCK_F, rows.shape[1]])
+    return rows
+
+
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    p_q, p_k1, p_v1, p_k2, p_v2, p_mask1, p_mask2, p_seed, p_out, p_lse, p_softmax, p_partial,
-    stride_q, stride_k1, stride_v1, stride_k2, stride_v2, stride_out, B, H, F, N1, N2, splits, scale,
-    threshold, keep_factor, PRODUCT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    p_q, stride_q, side1, side2, dropout, p_out, stride_out, p_lse, p_softmax, p_partial,
+    B, H, F, N1, N2, splits, scale, PRODUCT: tl.constexpr, WIDTHS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head over a split of the first set and all of the second."""
     ROWS: tl.constexpr = BLOCK_I * BLOCK_F
@@ -88,179 +101,143 @@ def forward_kernel(
     split, block = tl.program_id(0) % splits, tl.program_id(0) // splits % blocks
     bh = tl.program_id(0) // splits // blocks
     b, h = bh // H, bh % H
-    if p_mask1 is not None:
-        p_mask1 += b.to(tl.int64) * N1
-    if p_mask2 is not None:
-        p_mask2 += b.to(tl.int64) * N2
-    p_k1, p_v1 = at_head(p_k1, stride_k1, b, h), at_head(p_v1, stride_v1, b, h)
-    p_k2, p_v2 = at_head(p_k2, stride_k2, b, h), at_head(p_v2, stride_v2, b, h)
+    head1, head2 = head_of(side1, b, h, N1), head_of(side2, b, h, N2)
     row = tl.arange(0, ROWS)
     f = block * BLOCK_F + row % BLOCK_F
-    q = load_rows(at_head(p_q, stride_q, b, h), f, stride_q[2], f < F, DK, BLOCK_DK)
+    q = load_rows(at_head(p_q, stride_q, b, h), f, stride_q[2], f < F, WIDTHS[0], WIDTHS[2])
 
     piece = tl.cdiv(tl.cdiv(N1, BLOCK_I), splits) * BLOCK_I
-    m_f, l_f, acc_f = softmax_start(BLOCK_F, BLOCK_DV)
+    m_f, l_f, acc_f = softmax_start(BLOCK_F, WIDTHS[3])
     for i0 in range(split * piece, tl.minimum(split * piece + piece, N1), BLOCK_I):
         i = i0 + row // BLOCK_F
-        first = counted(p_mask1, i, N1)
-        a = load_rows(p_k1, i, stride_k1[2], first, DK, BLOCK_DK)
+        first, a, _ = load_side(side1, head1, i, N1, WIDTHS)
         qa = row_factors(q, a, PRODUCT)
         common = row_logits(q, a, PRODUCT)
-        m_i, l_i, acc = softmax_start(ROWS, BLOCK_DV)
+        m_i, l_i, acc = softmax_start(ROWS, WIDTHS[3])
         kept = tl.zeros([ROWS], tl.float32)  # the sum of the weights that are not dropped
         for j0 in range(0, N2, BLOCK_J):
-            j = j0 + tl.arange(0, BLOCK_J)
-            second = counted(p_mask2, j, N2)
-            k = load_rows(p_k2, j, stride_k2[2], second, DK, BLOCK_DK)
-            v = load_rows(p_v2, j, stride_v2[2], second, DV, BLOCK_DV)
+            second, k, v = load_side(side2, head2, j0 + tl.arange(0, BLOCK_J), N2, WIDTHS)
             s = (dot(qa, tl.trans(k)) + common[:, None]) * scale
             s = tl.where(second[None, :], s, float("-inf"))
             p, m_i, l_i, rescale = softmax_step(s, m_i, l_i, q.dtype == tl.float32)
-            if p_seed is not None:
-                p = drop(p, p_seed, threshold, keep_factor, i, f, bh, j0, ROWS, BLOCK_J)
+            if dropout[0] is not None:
+                p = drop(p, dropout, i, f, bh, j0, ROWS, BLOCK_J)
             if not PRODUCT:
                 kept = kept * rescale + tl.sum(p, 1)
             acc = dot(p.to(v.dtype), v, acc * rescale[:, None])
-        u = load_rows(p_v1, i, stride_v1[2], first, DV, BLOCK_DV).to(tl.float32)
+        _, _, u = load_side(side1, head1, i, N1, WIDTHS, "evict_last")  # now: over the loop it would take registers
         if PRODUCT:
-            acc *= u
+            acc *= u.to(tl.float32)
         else:
-            acc += kept[:, None] * u
+            acc += kept[:, None] * u.to(tl.float32)
         # Join the rows of each query.
-        m_i = tl.reshape(tl.where(first, m_i, float("-inf")), [BLOCK_I, BLOCK_F])
+        m_i = by_query(tl.where(first, m_i, float("-inf")), BLOCK_I, BLOCK_F)
         m_tile = tl.max(m_i, 0)
         rescale = exp(m_i - finite(m_tile)[None, :], q.dtype == tl.float32)
-        l_tile = tl.sum(tl.reshape(l_i, [BLOCK_I, BLOCK_F]) * rescale, 0)
-        acc_tile = tl.sum(tl.reshape(acc, [BLOCK_I, BLOCK_F, BLOCK_DV]) * rescale[:, :, None], 0)
+        l_tile = tl.sum(by_query(l_i, BLOCK_I, BLOCK_F) * rescale, 0)
+        acc_tile = tl.sum(by_query(acc, BLOCK_I, BLOCK_F) * rescale[:, :, None], 0)
         m_f, l_f, acc_f = softmax_join(m_f, l_f, acc_f, m_tile, l_tile, acc_tile)
 
     rows = block * BLOCK_F + tl.arange(0, BLOCK_F)
     row0, total = bh.to(tl.int64) * F, B.to(tl.int64) * H * F
     if p_partial is not None:
-        save_partial(p_partial, split, rows, row0, total, F, m_f, l_f, acc_f, DV, BLOCK_DV)
+        save_partial(p_partial, split, rows, row0, total, F, m_f, l_f, acc_f, WIDTHS[1], WIDTHS[3])
     else:
         finish(
             m_f, l_f, acc_f, m_f, l_f, acc_f, at_head(p_out, stride_out, b, h), p_lse, p_softmax,
-            rows, row0, total, F, stride_out[2], 1, DV, BLOCK_DV,
+            rows, row0, total, F, stride_out[2], 1, WIDTHS[1], WIDTHS[3],
         )  # fmt: skip
+
+
+@triton.jit
+def weights(qa, gu, k, v, common, common_dp, keep, scale, softmax, dropout, i, f, bh, j0):
+    """Of a tile of pairs p, what is kept of it, and dp; keep: which pairs count."""
+    s = (dot(qa, tl.trans(k)) + common[:, None]) * scale
+    p = tl.where(keep, exp(s - softmax[0][:, None], qa.dtype == tl.float32) * softmax[1][:, None], 0.0)
+    dp = dot(gu, tl.trans(v)) + common_dp[:, None]
+    kept = p
+    if dropout[0] is not None:
+        ones = tl.full([p.shape[0], p.shape[1]], 1.0, tl.float32)
+        factor = drop(ones, dropout, i, f, bh, j0, p.shape[0], p.shape[1])
+        kept, dp = p * factor, dp * factor
+    return p, kept, dp
 
 
 @triton.jit(do_not_specialize=["B", "H", "F", "N1", "N2"])
 def backward_second_kernel(
-    p_g, p_q, p_k1, p_v1, p_k2, p_v2, p_mask1, p_mask2, p_seed, p_softmax, p_delta, p_grad_k2, p_grad_v2,
-    stride_g, stride_q, stride_k1, stride_v1, stride_k2, stride_v2, stride_grad_k2, stride_grad_v2,
-    B, H, F, N1, N2, scale, threshold, keep_factor, PRODUCT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    queries, side1, side2, dropout, p_softmax, p_delta, grads2, B, H, F, N1, N2, scale, PRODUCT: tl.constexpr,
+    WIDTHS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of the second set. Tiles are [rows, j], not [j, rows]: warps divide the first side among
     them, and one that is too short for all is computed several times."""
-    ROWS: tl.constexpr = BLOCK_I * BLOCK_F
     tiles = tl.cdiv(N2, BLOCK_J)
     bh, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = bh // H, bh % H
-    if p_mask1 is not None:
-        p_mask1 += b.to(tl.int64) * N1
-    if p_mask2 is not None:
-        p_mask2 += b.to(tl.int64) * N2
-    p_g, p_q = at_head(p_g, stride_g, b, h), at_head(p_q, stride_q, b, h)
-    p_k1, p_v1 = at_head(p_k1, stride_k1, b, h), at_head(p_v1, stride_v1, b, h)
+    head, head1 = head_of(queries, b, h, F), head_of(side1, b, h, N1)
     row0, total = bh.to(tl.int64) * F, B.to(tl.int64) * H * F
-    row = tl.arange(0, ROWS)
+    row = tl.arange(0, BLOCK_I * BLOCK_F)
     j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
-    second = counted(p_mask2, j, N2)
-    k = load_rows(at_head(p_k2, stride_k2, b, h), j, stride_k2[2], second, DK, BLOCK_DK)
-    v = load_rows(at_head(p_v2, stride_v2, b, h), j, stride_v2[2], second, DV, BLOCK_DV)
-    grad_k = tl.zeros([BLOCK_J, BLOCK_DK], tl.float32)
-    grad_v = tl.zeros([BLOCK_J, BLOCK_DV], tl.float32)
+    second, k, v = load_side(side2, head_of(side2, b, h, N2), j, N2, WIDTHS)
+    grad_k = zeros(BLOCK_J, WIDTHS[2])
+    grad_v = zeros(BLOCK_J, WIDTHS[3])
     for f0 in range(0, F, BLOCK_F):
         f = f0 + row % BLOCK_F
-        q = load_rows(p_q, f, stride_q[2], f < F, DK, BLOCK_DK)
-        g = load_rows(p_g, f, stride_g[2], f < F, DV, BLOCK_DV)
-        offset, factor = load_softmax(p_softmax, f, row0, total, F)
+        _, q, g = load_side(queries, head, f, F, WIDTHS)
+        softmax = load_softmax(p_softmax, f, row0, total, F)
         delta = tl.load(p_delta + row0 + f, mask=f < F, other=0.0)
         for i0 in range(0, N1, BLOCK_I):
             i = i0 + row // BLOCK_F
-            first = counted(p_mask1, i, N1)
-            a = load_rows(p_k1, i, stride_k1[2], first, DK, BLOCK_DK)
-            u = load_rows(p_v1, i, stride_v1[2], first, DV, BLOCK_DV)
+            first, a, u = load_side(side1, head1, i, N1, WIDTHS)
             qa, gu = row_factors(q, a, PRODUCT), row_factors(g, u, PRODUCT)
-            s = (dot(qa, tl.trans(k)) + row_logits(q, a, PRODUCT)[:, None]) * scale
-            p = exp(s - offset[:, None], q.dtype == tl.float32) * factor[:, None]
-            p = tl.where(first[:, None] & second[None, :], p, 0.0)
-            dp = dot(gu, tl.trans(v)) + row_logits(g, u, PRODUCT)[:, None]
-            kept = p
-            if p_seed is not None:
-                keep = tl.full([ROWS, BLOCK_J], 1.0, tl.float32)
-                keep = drop(keep, p_seed, threshold, keep_factor, i, f, bh, tile * BLOCK_J, ROWS, BLOCK_J)
-                kept, dp = p * keep, dp * keep
+            p, kept, dp = weights(
+                qa, gu, k, v, row_logits(q, a, PRODUCT), row_logits(g, u, PRODUCT), first[:, None] & second[None, :],
+                scale, softmax, dropout, i, f, bh, tile * BLOCK_J,
+            )  # fmt: skip
             grad_v = dot(tl.trans(kept.to(g.dtype)), gu, grad_v)
             grad_k = dot(tl.trans((p * (dp - delta[:, None])).to(q.dtype)), qa, grad_k)
-    store_rows(at_head(p_grad_k2, stride_grad_k2, b, h), grad_k * scale, j, stride_grad_k2[2], N2, DK, BLOCK_DK)
-    store_rows(at_head(p_grad_v2, stride_grad_v2, b, h), grad_v, j, stride_grad_v2[2], N2, DV, BLOCK_DV)
+    store_side(grads2, b, h, grad_k * scale, grad_v, j, N2, WIDTHS)
 
 
 @triton.jit(do_not_specialize=["B", "H", "F", "N1", "N2"])
 def backward_first_kernel(
-    p_g, p_q, p_k1, p_v1, p_k2, p_v2, p_mask1, p_mask2, p_seed, p_softmax, p_delta, p_grad_k1, p_grad_v1,
-    p_partial, stride_g, stride_q, stride_k1, stride_v1, stride_k2, stride_v2, stride_grad_k1, stride_grad_v1,
-    B, H, F, N1, N2, scale, threshold, keep_factor, PRODUCT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    queries, side1, side2, dropout, p_softmax, p_delta, grads1, p_partial, B, H, F, N1, N2, scale,
+    PRODUCT: tl.constexpr, WIDTHS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of the first set, and its part of grad_q: p_partial [blocks of i, B, H, F, DK].
+    """Gradients of a block of the first set, and its part of grad_q: p_partial [blocks of i, B, H, F, dk].
 
     Without delta it computes nothing but its parts of sum p dp and sum p: p_partial [blocks of i, B, H, F, 2].
     """
     ROWS: tl.constexpr = BLOCK_I * BLOCK_F
+    WIDTH: tl.constexpr = 2 if p_delta is None else WIDTHS[0]
     tiles = tl.cdiv(N1, BLOCK_I)
     bh, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = bh // H, bh % H
-    if p_mask1 is not None:
-        p_mask1 += b.to(tl.int64) * N1
-    if p_mask2 is not None:
-        p_mask2 += b.to(tl.int64) * N2
-    p_g, p_q = at_head(p_g, stride_g, b, h), at_head(p_q, stride_q, b, h)
-    p_k2, p_v2 = at_head(p_k2, stride_k2, b, h), at_head(p_v2, stride_v2, b, h)
+    head, head1, head2 = head_of(queries, b, h, F), head_of(side1, b, h, N1), head_of(side2, b, h, N2)
     row0, total = bh.to(tl.int64) * F, B.to(tl.int64) * H * F
-    WIDTH: tl.constexpr = 2 if p_delta is None else DK
     p_partial += (total * tile + row0) * WIDTH
     row = tl.arange(0, ROWS)
-    p_k1, p_v1 = at_head(p_k1, stride_k1, b, h), at_head(p_v1, stride_v1, b, h)
     i = tile * BLOCK_I + row // BLOCK_F
-    inside = counted(p_mask1, i, N1)
-    grad_a = tl.zeros([BLOCK_I, BLOCK_DK], tl.float32)
-    grad_u = tl.zeros([BLOCK_I, BLOCK_DV], tl.float32)
+    grad_a = zeros(BLOCK_I, WIDTHS[2])
+    grad_u = zeros(BLOCK_I, WIDTHS[3])
     for f0 in range(0, F, BLOCK_F):
         f = f0 + row % BLOCK_F
-        q = load_rows(p_q, f, stride_q[2], f < F, DK, BLOCK_DK)
-        g = load_rows(p_g, f, stride_g[2], f < F, DV, BLOCK_DV)
-        a = load_rows(p_k1, i, stride_k1[2], inside, DK, BLOCK_DK)
-        u = load_rows(p_v1, i, stride_v1[2], inside, DV, BLOCK_DV)
+        _, q, g = load_side(queries, head, f, F, WIDTHS)
+        first, a, u = load_side(side1, head1, i, N1, WIDTHS)
         qa, gu = row_factors(q, a, PRODUCT), row_factors(g, u, PRODUCT)
         common, common_dp = row_logits(q, a, PRODUCT), row_logits(g, u, PRODUCT)
-        offset, factor = load_softmax(p_softmax, f, row0, total, F)
-        factor = tl.where(inside, factor, 0.0)
+        softmax = load_softmax(p_softmax, f, row0, total, F)
         delta = tl.zeros([ROWS], tl.float32)
         if p_delta is not None:
             delta = tl.load(p_delta + row0 + f, mask=f < F, other=0.0)
-        t = tl.zeros([ROWS, BLOCK_DK], tl.float32)
-        context = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+        t = zeros(ROWS, WIDTHS[2])
+        context = zeros(ROWS, WIDTHS[3])
         sum_ds, sum_p = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
         for j0 in range(0, N2, BLOCK_J):
-            j = j0 + tl.arange(0, BLOCK_J)
-            second = counted(p_mask2, j, N2)
-            k = load_rows(p_k2, j, stride_k2[2], second, DK, BLOCK_DK)
-            v = load_rows(p_v2, j, stride_v2[2], second, DV, BLOCK_DV)
-            s = (dot(qa, tl.trans(k)) + common[:, None]) * scale
-            p = exp(s - offset[:, None], q.dtype == tl.float32) * factor[:, None]
-            p = tl.where(inside[:, None] & second[None, :], p, 0.0)
-            dp = dot(gu, tl.trans(v)) + common_dp[:, None]
-            kept = p
-            if p_seed is not None:
-                keep = tl.full([ROWS, BLOCK_J], 1.0, tl.float32)
-                keep = drop(keep, p_seed, threshold, keep_factor, i, f, bh, j0, ROWS, BLOCK_J)
-                kept, dp = p * keep, dp * keep
+            second, k, v = load_side(side2, head2, j0 + tl.arange(0, BLOCK_J), N2, WIDTHS)
+            p, kept, dp = weights(
+                qa, gu, k, v, common, common_dp, first[:, None] & second[None, :], scale, softmax, dropout, i, f, bh, j0
+            )
             ds = p * (dp - delta[:, None])
             if p_delta is None:
                 sum_ds += tl.sum(ds, 1)
@@ -274,33 +251,29 @@ def backward_first_kernel(
                     sum_p += tl.sum(kept, 1)
         rows = f0 + tl.arange(0, BLOCK_F)
         if p_delta is None:
-            tl.store(p_partial + 2 * rows, tl.sum(tl.reshape(sum_ds, [BLOCK_I, BLOCK_F]), 0), mask=rows < F)
-            tl.store(p_partial + 2 * rows + 1, tl.sum(tl.reshape(sum_p, [BLOCK_I, BLOCK_F]), 0), mask=rows < F)
+            tl.store(p_partial + 2 * rows, tl.sum(by_query(sum_ds, BLOCK_I, BLOCK_F), 0), mask=rows < F)
+            tl.store(p_partial + 2 * rows + 1, tl.sum(by_query(sum_p, BLOCK_I, BLOCK_F), 0), mask=rows < F)
         else:
             # Read again rather than kept in registers; the eviction policy keeps the compiler from undoing that.
-            q = load_rows(p_q, f, stride_q[2], f < F, DK, BLOCK_DK, "evict_last")
-            g = load_rows(p_g, f, stride_g[2], f < F, DV, BLOCK_DV, "evict_last")
-            a = load_rows(p_k1, i, stride_k1[2], inside, DK, BLOCK_DK, "evict_last")
-            if PRODUCT:
-                grad_a += tl.sum(tl.reshape(t * q.to(tl.float32), [BLOCK_I, BLOCK_F, BLOCK_DK]), 1)
-                grad_u += tl.sum(tl.reshape(context * g.to(tl.float32), [BLOCK_I, BLOCK_F, BLOCK_DV]), 1)
-                t *= a.to(tl.float32)
+            _, q, g = load_side(queries, head, f, F, WIDTHS, "evict_last")
+            _, a, _ = load_side(side1, head1, i, N1, WIDTHS, "evict_last")
+            if not PRODUCT:
+                t, context = t + sum_ds[:, None] * a.to(tl.float32), context + sum_p[:, None]
+                grad_a += tl.sum(by_query(sum_ds[:, None] * q.to(tl.float32), BLOCK_I, BLOCK_F), 1)
             else:
-                grad_a += tl.sum(tl.reshape(sum_ds[:, None] * q.to(tl.float32), [BLOCK_I, BLOCK_F, BLOCK_DK]), 1)
-                grad_u += tl.sum(tl.reshape(sum_p[:, None] * g.to(tl.float32), [BLOCK_I, BLOCK_F, BLOCK_DV]), 1)
-                t += sum_ds[:, None] * a.to(tl.float32)
-            grad_q = tl.sum(tl.reshape(t, [BLOCK_I, BLOCK_F, BLOCK_DK]), 0)
-            store_rows(p_partial, grad_q * scale, rows, DK, F, DK, BLOCK_DK)
+                grad_a += tl.sum(by_query(t * q.to(tl.float32), BLOCK_I, BLOCK_F), 1)
+                t *= a.to(tl.float32)
+            grad_u += tl.sum(by_query(context * g.to(tl.float32), BLOCK_I, BLOCK_F), 1)
+            grad_q = tl.sum(by_query(t, BLOCK_I, BLOCK_F), 0)
+            store_rows(p_partial, grad_q * scale, rows, WIDTHS[0], F, WIDTHS[0], WIDTHS[2])
     if p_delta is not None:
         i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-        store_rows(at_head(p_grad_k1, stride_grad_k1, b, h), grad_a * scale, i, stride_grad_k1[2], N1, DK, BLOCK_DK)
-        store_rows(at_head(p_grad_v1, stride_grad_v1, b, h), grad_u, i, stride_grad_v1[2], N1, DV, BLOCK_DV)
+        store_side(grads1, b, h, grad_a * scale, grad_u, i, N1, WIDTHS)
 
 
-def _blocks(q, dv: int, backward: bool, drops: bool) -> dict:
+def _blocks(a, backward: bool) -> dict:
     """Sizes of tiles; bench/codegen.py shows what they need."""
-    dk = q.shape[3]
-    widest = max(padded(dk), padded(dv))
+    widest, drops = max(widths(a)[2:]), a.dropout_p > 0.0
     if backward:
         block_i, block_j, num_warps = (
             (4, 32, 4) if widest <= 32 else (2, 32, 8) if widest > 64 else (4, 16 if drops else 32, 8)
@@ -308,30 +281,26 @@ def _blocks(q, dv: int, backward: bool, drops: bool) -> dict:
     else:
         block_i, block_j, num_warps = (4, 32, 8) if widest > 64 else (4, 32, 4) if drops else (4, 64, 4)
     return {
-        "DK": dk, "DV": dv, "BLOCK_I": block_i, "BLOCK_F": BLOCK_F, "BLOCK_J": block_j,
-        "BLOCK_DK": padded(dk), "BLOCK_DV": padded(dv),
-        "num_warps": num_warps, "num_stages": 2,
+        "PRODUCT": a.interaction == "product", "WIDTHS": widths(a), "BLOCK_I": block_i, "BLOCK_F": BLOCK_F,
+        "BLOCK_J": block_j, "num_warps": num_warps, "num_stages": 2,
     }  # fmt: skip
 
 
 def _dropout(a) -> tuple:
-    """Arguments of `drop`: where the seed is (None without dropout), threshold and factor."""
+    """Of `drop`: where the seed is (None without dropout), threshold and factor."""
     return (None, 0, 1.0) if a.dropout_p == 0.0 else (a.seed, threshold(a.dropout_p), keep_factor(a.dropout_p))
 
 
 def forward(a, out, lse, saved):
     """Fills out and, unless they are None, lse and saved."""
     (B, H, F, _), N1, N2, dv = a.q.shape, a.k1.shape[2], a.k2.shape[2], a.v1.shape[3]
-    blocks = _blocks(a.q, dv, False, a.dropout_p > 0.0)
+    blocks = _blocks(a, False)
     programs = B * H * cdiv(F, BLOCK_F)
     splits = max(1, min(cdiv(PROGRAMS, programs), cdiv(N1, blocks["BLOCK_I"])))
     partial = a.q.new_empty(splits, B, H, F, dv + 2, dtype=torch.float32) if splits > 1 else None
-    tensors = a.tensors()
-    seed, least, factor = _dropout(a)
     forward_kernel[(programs * splits,)](
-        *tensors, bytes_of(a.mask1), bytes_of(a.mask2), seed, out, lse, saved, partial,
-        *(t.stride()[:3] for t in (*tensors, out)), B, H, F, N1, N2, splits, a.scale, least, factor,
-        PRODUCT=a.interaction == "product", **blocks,
+        a.q, a.q.stride()[:3], *sides(a), _dropout(a), out, out.stride()[:3], lse, saved, partial,
+        B, H, F, N1, N2, splits, a.scale, **blocks,
     )  # fmt: skip
     if partial is not None:
         merge[(programs,)](
@@ -342,24 +311,18 @@ def forward(a, out, lse, saved):
 
 def backward(a, saved, grad_out, grad_lse, grads):
     """Fills the gradients of q, k1, v1, k2, v2."""
-    (B, H, F, dk), N1, N2, dv = a.q.shape, a.k1.shape[2], a.k2.shape[2], a.v1.shape[3]
+    (B, H, F, dk), N1, N2 = a.q.shape, a.k1.shape[2], a.k2.shape[2]
     if N1 * N2 == 0:
         for grad in grads:
             grad.zero_()
         return
-    blocks = _blocks(a.q, dv, True, a.dropout_p > 0.0)
-    seed, least, keep = _dropout(a)
+    blocks = _blocks(a, True)
     tiles1, tiles2 = cdiv(N1, blocks["BLOCK_I"]), cdiv(N2, blocks["BLOCK_J"])
-    inputs = (grad_out, *a.tensors(), bytes_of(a.mask1), bytes_of(a.mask2), seed)
-    strides = [t.stride()[:3] for t in (grad_out, *a.tensors())]
-    sizes = (B, H, F, N1, N2, a.scale, least, keep)
-    product = a.interaction == "product"
-    first_strides = (*strides, *(t.stride()[:3] for t in grads[1:3]))
+    inputs, sizes = (side(a.q, grad_out), *sides(a), _dropout(a)), (B, H, F, N1, N2, a.scale)
+    grads1, grads2 = side(*grads[1:3]), side(*grads[3:])
     softmax = saved[: 2 * B * H * F].view(2, B, H, F)
     parts = a.q.new_empty(tiles1, B, H, F, 2, dtype=torch.float32)
-    backward_first_kernel[(B * H * tiles1,)](
-        *inputs, softmax, None, None, None, parts, *first_strides, *sizes, PRODUCT=product, **blocks
-    )
+    backward_first_kernel[(B * H * tiles1,)](*inputs, softmax, None, grads1, parts, *sizes, **blocks)
     sum_p_dp, sum_p = parts.sum(0).unbind(-1)
     factor = torch.where(sum_p == 0, 0.0, 1 / sum_p)  # without a pair: 0
     delta = sum_p_dp * factor
@@ -367,11 +330,6 @@ def backward(a, saved, grad_out, grad_lse, grads):
     if grad_lse is not None:
         delta -= grad_lse
     partial = a.q.new_empty(tiles1, B, H, F, dk, dtype=torch.float32)
-    backward_first_kernel[(B * H * tiles1,)](
-        *inputs, softmax, delta, *grads[1:3], partial, *first_strides, *sizes, PRODUCT=product, **blocks
-    )
-    backward_second_kernel[(B * H * tiles2,)](
-        *inputs, softmax, delta, *grads[3:], *strides, *(t.stride()[:3] for t in grads[3:]), *sizes,
-        PRODUCT=product, **blocks,
-    )  # fmt: skip
+    backward_first_kernel[(B * H * tiles1,)](*inputs, softmax, delta, grads1, partial, *sizes, **blocks)
+    backward_second_kernel[(B * H * tiles2,)](*inputs, softmax, delta, grads2, *sizes, **blocks)
     grads[0].copy_(partial.sum(0))

@@ -45,8 +45,19 @@ def backward(a: Pairs, saved: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
         _kernels(a).backward(a, saved, grad_out, grad_lse, grads)
 
 
-def bytes_of(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
+def side(k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple:
+    """What the kernels take for one (tiles.py)."""
+    return k, v, k.stride()[:3], v.stride()[:3], None if mask is None else mask.view(torch.uint8)
+
+
+def sides(a: Pairs) -> tuple[tuple, tuple]:
+    return side(a.k1, a.v1, a.mask1), side(a.k2, a.v2, a.mask2)
+
+
+def widths(a: Pairs) -> tuple[int, int, int, int]:
+    """Of keys and of values, and of their tiles."""
+    dk, dv = a.q.shape[3], a.v1.shape[3]
+    return dk, dv, padded(dk), padded(dv)
 
 
 def padded(width: int) -> int:

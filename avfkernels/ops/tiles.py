@@ -46,6 +46,36 @@ def counted(p_mask, tokens, n):
 
 
 @triton.jit
+def head_of(side, b, h, n):
+    """Where one head of a side begins. A side is (keys, values, their strides, mask): that of queries and the gradient
+    of the output has no mask, nor has one of gradients. WIDTHS are those of keys and of values, then of their tiles."""
+    return at_head(side[0], side[2], b, h), at_head(side[1], side[3], b, h), b.to(tl.int64) * n
+
+
+@triton.jit
+def load_side(side, head, tokens, n, WIDTHS: tl.constexpr, EVICT: tl.constexpr = NO_POLICY):
+    """Which tokens of a head count, their keys and their values."""
+    p_mask = side[4]
+    if p_mask is not None:
+        p_mask += head[2]
+    inside = counted(p_mask, tokens, n)
+    k = load_rows(head[0], tokens, side[2][2], inside, WIDTHS[0], WIDTHS[2], EVICT)
+    return inside, k, load_rows(head[1], tokens, side[3][2], inside, WIDTHS[1], WIDTHS[3], EVICT)
+
+
+@triton.jit
+def store_side(side, b, h, k, v, tokens, n, WIDTHS: tl.constexpr):
+    p_k, p_v, _ = head_of(side, b, h, n)
+    store_rows(p_k, k, tokens, side[2][2], n, WIDTHS[0], WIDTHS[2])
+    store_rows(p_v, v, tokens, side[3][2], n, WIDTHS[1], WIDTHS[3])
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc=None):
     """a @ b (+ acc), accumulated in float32, which is not rounded to TF32."""
     return tl.dot(a, b, acc=acc, input_precision="ieee")
@@ -69,7 +99,7 @@ def exp(x, EXACT: tl.constexpr):
 @triton.jit
 def softmax_start(ROWS: tl.constexpr, BLOCK: tl.constexpr):
     m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    return m_i, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
+    return m_i, tl.zeros([ROWS], tl.float32), zeros(ROWS, BLOCK)
 
 
 @triton.jit
