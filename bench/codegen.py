@@ -1,4 +1,5 @@
-"""What the kernels compile to, without a GPU: `python -m bench.codegen` writes bench/results/codegen.md.
+"""What the kernels compile to, without a GPU: `python -m bench.codegen [FILE]` writes bench/results/codegen.md, or FILE
+(that of another version of Triton is bench/results/codegen-triton-3.6.md).
 
 The backends run on tensors without memory, and every kernel that they would launch is compiled for each architecture
 with the sizes of tiles that they choose.
@@ -11,6 +12,7 @@ import contextlib
 import hashlib
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,4 +177,4 @@ def markdown() -> str:
 
 
 if __name__ == "__main__":
-    PATH.write_text(markdown())
+    (Path(sys.argv[1]) if len(sys.argv) > 1 else PATH).write_text(markdown())

@@ -17,12 +17,14 @@ ds where one pair has all the weight; and dividing by sum p makes the weights of
 rounded as those of the online softmax are, sum to 1.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
 from avfkernels.ops.dropout import keep_factor, threshold
-from avfkernels.ops.pair_triton import cdiv, padded, side, sides, widths
+from avfkernels.ops.pair_triton import cdiv, launch, padded, side, sides, widths
 from avfkernels.ops.tiles import (
     at_head,
     dot,
@@ -297,16 +299,13 @@ def forward(a, out, lse, saved):
     blocks = _blocks(a, False)
     programs = B * H * cdiv(F, BLOCK_F)
     splits = max(1, min(cdiv(PROGRAMS, programs), cdiv(N1, blocks["BLOCK_I"])))
-    partial = a.q.new_empty(splits, B, H, F, dv + 2, dtype=torch.float32) if splits > 1 else None
-    forward_kernel[(programs * splits,)](
-        a.q, a.q.stride()[:3], *sides(a), _dropout(a), out, out.stride()[:3], lse, saved, partial,
-        B, H, F, N1, N2, splits, a.scale, **blocks,
-    )  # fmt: skip
-    if partial is not None:
-        merge[(programs,)](
-            partial, out, lse, saved, out.stride()[:3], B, H, F, splits,
-            SETS=1, WIDTH=dv, BLOCK_F=BLOCK_F, BLOCK=padded(dv), num_warps=4,
-        )  # fmt: skip
+    pieces = a.q.new_empty(splits, B, H, F, dv + 2, dtype=torch.float32) if splits > 1 else None
+    pointers = a.q, a.q.stride()[:3], *sides(a), _dropout(a), out, out.stride()[:3], lse, saved, pieces
+    launch(forward_kernel, a.q.device, programs * splits, pointers, (B, H, F, N1, N2, splits, a.scale), blocks)
+    if pieces is not None:
+        pointers, sizes = (pieces, out, lse, saved, out.stride()[:3]), (B, H, F, splits)
+        blocks = {"SETS": 1, "WIDTH": dv, "BLOCK_F": BLOCK_F, "BLOCK": padded(dv), "num_warps": 4}
+        launch(merge, a.q.device, programs, pointers, sizes, blocks)
 
 
 def backward(a, saved, grad_out, grad_lse, grads):
@@ -322,14 +321,15 @@ def backward(a, saved, grad_out, grad_lse, grads):
     grads1, grads2 = side(*grads[1:3]), side(*grads[3:])
     softmax = saved[: 2 * B * H * F].view(2, B, H, F)
     parts = a.q.new_empty(tiles1, B, H, F, 2, dtype=torch.float32)
-    backward_first_kernel[(B * H * tiles1,)](*inputs, softmax, None, grads1, parts, *sizes, **blocks)
+    first = partial(launch, backward_first_kernel, a.q.device, B * H * tiles1)
+    first((*inputs, softmax, None, grads1, parts), sizes, blocks)
     sum_p_dp, sum_p = parts.sum(0).unbind(-1)
     factor = torch.where(sum_p == 0, 0.0, 1 / sum_p)  # without a pair: 0
     delta = sum_p_dp * factor
     softmax = torch.stack((softmax[0], softmax[1] * factor))
     if grad_lse is not None:
         delta -= grad_lse
-    partial = a.q.new_empty(tiles1, B, H, F, dk, dtype=torch.float32)
-    backward_first_kernel[(B * H * tiles1,)](*inputs, softmax, delta, grads1, partial, *sizes, **blocks)
-    backward_second_kernel[(B * H * tiles2,)](*inputs, softmax, delta, grads2, *sizes, **blocks)
-    grads[0].copy_(partial.sum(0))
+    parts = a.q.new_empty(tiles1, B, H, F, dk, dtype=torch.float32)
+    first((*inputs, softmax, delta, grads1, parts), sizes, blocks)
+    launch(backward_second_kernel, a.q.device, B * H * tiles2, (*inputs, softmax, delta, grads2), sizes, blocks)
+    grads[0].copy_(parts.sum(0))

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from avfkernels.ops.pair_triton import cdiv, padded, side, sides, widths
+from avfkernels.ops.pair_triton import cdiv, launch, padded, side, sides, widths
 from avfkernels.ops.tiles import (
     at_head,
     dot,
@@ -145,12 +145,8 @@ def backward_kernel(
         tl.store(p + total, delta2, mask=rows < F)
     else:
         grad_q = zeros(BLOCK_F, WIDTHS[2])
-        grad_q = add_gradients(
-            q, g, side1, head1, grads1, b, h, N1, scale, softmax1, delta1, grad_q, WIDTHS, BLOCK_N
-        )
-        grad_q = add_gradients(
-            q, g, side2, head2, grads2, b, h, N2, scale, softmax2, delta2, grad_q, WIDTHS, BLOCK_N
-        )
+        grad_q = add_gradients(q, g, side1, head1, grads1, b, h, N1, scale, softmax1, delta1, grad_q, WIDTHS, BLOCK_N)
+        grad_q = add_gradients(q, g, side2, head2, grads2, b, h, N2, scale, softmax2, delta2, grad_q, WIDTHS, BLOCK_N)
         p_grad_q = at_head(p_grad_q, stride_grad_q, b, h)
         store_rows(p_grad_q, grad_q * scale, rows, stride_grad_q[2], F, WIDTHS[0], WIDTHS[2])
 
@@ -206,15 +202,12 @@ def forward(a, out, lse, saved):
     programs = B * H * cdiv(F, blocks["BLOCK_F"])
     splits = _splits(programs, max(N1, N2))
     partial = a.q.new_empty(splits, 2, B, H, F, dv + 2, dtype=torch.float32) if splits > 1 else None
-    forward_kernel[(programs * splits,)](
-        a.q, a.q.stride()[:3], *sides(a), out, out.stride()[:3], lse, saved, partial,
-        B, H, F, N1, N2, splits, a.scale, **blocks,
-    )  # fmt: skip
+    pointers = a.q, a.q.stride()[:3], *sides(a), out, out.stride()[:3], lse, saved, partial
+    launch(forward_kernel, a.q.device, programs * splits, pointers, (B, H, F, N1, N2, splits, a.scale), blocks)
     if partial is not None:
-        merge[(B * H * cdiv(F, 16),)](
-            partial, out, lse, saved, out.stride()[:3], B, H, F, splits,
-            SETS=2, WIDTH=dv, BLOCK_F=16, BLOCK=padded(dv), num_warps=4,
-        )  # fmt: skip
+        pointers, sizes = (partial, out, lse, saved, out.stride()[:3]), (B, H, F, splits)
+        blocks = {"SETS": 2, "WIDTH": dv, "BLOCK_F": 16, "BLOCK": padded(dv), "num_warps": 4}
+        launch(merge, a.q.device, B * H * cdiv(F, 16), pointers, sizes, blocks)
 
 
 def backward(a, saved, grad_out, grad_lse, grads):
@@ -223,13 +216,12 @@ def backward(a, saved, grad_out, grad_lse, grads):
     blocks = _blocks(a)
     programs = B * H * cdiv(F, blocks["BLOCK_F"])
     splits = _splits(programs, max(N1, N2))
-    whole = splits == 1 and F <= blocks["BLOCK_F"]
+    whole = splits == 1 and blocks["BLOCK_F"] >= F
     delta = None if whole else a.q.new_empty(splits, 2, B, H, F, dtype=torch.float32)
     queries, both, of_both = side(a.q, grad_out), sides(a), (side(*grads[1:3]), side(*grads[3:]))
-    backward_kernel[(programs * splits,)](
-        queries, *both, grad_lse if whole else None, saved, delta, grads[0], grads[0].stride()[:3], *of_both,
-        B, H, F, N1, N2, splits, a.scale, **blocks,
-    )  # fmt: skip
+    of_lse = grad_lse if whole else None
+    pointers = queries, *both, of_lse, saved, delta, grads[0], grads[0].stride()[:3], *of_both
+    launch(backward_kernel, a.q.device, programs * splits, pointers, (B, H, F, N1, N2, splits, a.scale), blocks)
     if whole:
         return
     delta = delta.sum(0)
@@ -241,8 +233,6 @@ def backward(a, saved, grad_out, grad_lse, grads):
     parts = a.q.new_empty(tiles1 + tiles2, B, H, F, dk, dtype=torch.float32)
     for s, (N, tiles, first) in enumerate(((N1, tiles1, 0), (N2, tiles2, tiles1))):
         if N > 0:
-            backward_tokens_kernel[(B * H * tiles,)](
-                queries, both[s], saved[2 * s * B * H * F :], delta[s], of_both[s], parts,
-                B, H, F, N, first, a.scale, **blocks,
-            )  # fmt: skip
+            pointers = queries, both[s], saved[2 * s * B * H * F :], delta[s], of_both[s], parts
+            launch(backward_tokens_kernel, a.q.device, B * H * tiles, pointers, (B, H, F, N, first, a.scale), blocks)
     grads[0].copy_(parts.sum(0))

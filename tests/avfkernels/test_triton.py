@@ -138,15 +138,22 @@ def test_many_queries_and_long_sets_whose_gradients_are_split_over_tokens(monkey
     if INTERPRETED:
         from avfkernels.ops import pair_sum_triton as kernels
 
-        for name in ("merge", "backward_kernel", "backward_tokens_kernel"):
-            kernel = getattr(kernels, name)
-            spy = type("Spy", (), {"__getitem__": lambda self, grid, k=kernel, n=name: launched.append(n) or k[grid]})()
-            monkeypatch.setattr(kernels, name, spy)
+        def spy(kernel, *args, run=kernels.launch):
+            launched.append(kernel.fn.__name__)
+            run(kernel, *args)
+
+        monkeypatch.setattr(kernels, "launch", spy)
     for shape, expected in (
-        ((1, 1, 70, 40, 70, 16, 16), ["backward_kernel", *["backward_tokens_kernel"] * 2]),  # two blocks of queries
-        ((1, 1, 3, 300, 600, 16, 16), ["merge", "backward_kernel", *["backward_tokens_kernel"] * 2]),  # long sets
-        ((1, 1, 3, 0, 600, 16, 16), ["merge", "backward_kernel", "backward_tokens_kernel"]),
-        ((1, 1, 3, 30, 60, 16, 16), ["backward_kernel"]),
+        (
+            (1, 1, 70, 40, 70, 16, 16),
+            ["forward_kernel", "backward_kernel", *["backward_tokens_kernel"] * 2],
+        ),  # two blocks of queries
+        (
+            (1, 1, 3, 300, 600, 16, 16),
+            ["forward_kernel", "merge", "backward_kernel", *["backward_tokens_kernel"] * 2],
+        ),  # long sets
+        ((1, 1, 3, 0, 600, 16, 16), ["forward_kernel", "merge", "backward_kernel", "backward_tokens_kernel"]),
+        ((1, 1, 3, 30, 60, 16, 16), ["forward_kernel", "backward_kernel"]),
     ):
         launched.clear()
         compare(shape, torch.float32, scale=0.25)

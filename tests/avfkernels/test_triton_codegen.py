@@ -8,6 +8,10 @@ import os
 import re
 
 import pytest
+import torch
+
+import avfkernels
+from avfkernels import pair_attention
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -79,3 +83,57 @@ def test_the_section_of_cuda_says_why_there_is_none(monkeypatch):
     monkeypatch.setattr(codegen, "triton_rows", list)
     monkeypatch.setattr(codegen_cuda, "why_not", lambda: "nvcc is not on PATH")
     assert re.search(r"## CUDA\n\nNot compiled: nvcc is not on PATH.\n$", codegen.markdown())
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What reaches the GPU's driver, of which there is none: (compiled kernel, grid, arguments) of each launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    from avfkernels.ops import pair, pair_triton
+
+    class NoDriver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: "a device of this test")
+        get_current_stream = staticmethod(lambda device: 0)
+
+    calls = []
+
+    def init(kernel):
+        kernel.module = kernel.function = kernel
+        kernel._run = lambda *args: calls.append((args[4], args[:3], args[9:]))
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", init)
+    monkeypatch.setattr(pair_triton, "_compiled", {})
+    monkeypatch.setitem(pair.WHY_NOT, "triton", lambda a: None)
+    driver.set_active(NoDriver())
+    return calls
+
+
+def test_a_second_launch_is_the_first_without_triton_looking_at_its_arguments(launched, monkeypatch):
+    tensors = [torch.randn(2, n, 3, 16).transpose(1, 2) for n in (16, 20, 20, 30, 30)]
+
+    def run(tensors, **options):
+        launched.clear()
+        with avfkernels.backend("triton"):
+            pair_attention(*tensors, scale=0.25, **options)
+        return list(launched)
+
+    def pointers(arguments):
+        return [x.shape if isinstance(x, torch.Tensor) else x for x in arguments if not isinstance(x, tuple)]
+
+    ((kernel, grid, arguments),) = run(tensors)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.jit.JITFunction, "run", None)  # it would be called
+        ((again, grid_again, arguments_again),) = run(tensors)
+        assert (again, grid_again, pointers(arguments_again)) == (kernel, grid, pointers(arguments))
+        ((fewer, fewer_grid, _),) = run([t[:1] for t in tensors])  # sizes are not specialised on
+        assert (fewer, fewer_grid[0]) == (kernel, grid[0] // 2)
+    shifted = torch.empty(tensors[1].numel() + 1)[1:].view(2, 20, 3, 16).transpose(1, 2)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    changes = [run([tensors[0], shifted, *tensors[2:]]), run(tensors, mask1=mask), run([t.half() for t in tensors]),
+               run([t.contiguous() for t in tensors])]  # fmt: skip
+    kernels = [kernel, *(calls[0][0] for calls in changes)]
+    assert len(set(map(id, kernels))) >= 4  # alignment, a mask, a dtype; strides that divide alike share a kernel
