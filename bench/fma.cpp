@@ -11,7 +11,8 @@ typedef float Vector __attribute__((vector_size(32)));
 constexpr int CHAINS = 12;
 
 static int64_t multiply_adds(int64_t steps) {
-    Vector sums[CHAINS] = {};
+    Vector sums[CHAINS];
+    for (int c = 0; c < CHAINS; ++c) sums[c] = Vector{} + float(c);  // equal ones would be computed once
     const Vector x = Vector{} + 0.999f, y = Vector{} + 1e-3f;
     for (int64_t step = 0; step < steps; ++step)
 #pragma GCC unroll 12
