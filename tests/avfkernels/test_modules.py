@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import assert_accurate
 from safetensors import safe_open
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import avfkernels
 from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, modules
@@ -287,6 +288,20 @@ def test_compiles_whole_forward_and_backward(kind):
             got, plain = with_gradients(compiled, inputs), with_gradients(block, inputs)
         for triple in zip(got, exact, plain, strict=True):
             assert_accurate(*triple)
+
+
+@pytest.mark.parametrize("kind", [*BLOCKS, "product"])
+def test_compiles_once_for_all_batches_and_token_counts(kind):
+    torch._dynamo.reset()
+    block = build("dense", interaction="product") if kind == "product" else build(kind)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    compiles = set()
+    for sizes in ({}, {"visual": 40, "audio": 9, "batch": 3}, {"visual": 17, "audio": 21, "batch": 5}):
+        inputs = tokens(**sizes)
+        torch.testing.assert_close(compiled(*inputs), block(*inputs))
+        compiles.add(counter.frame_count)
+    assert len(compiles) == 1
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
