@@ -39,10 +39,6 @@ class Choice(NamedTuple):
     holds: Callable[..., bool]
 
 
-def _separates(a) -> bool:
-    return a.interaction == "sum" and a.dropout_p == 0.0
-
-
 def _small_product(a) -> bool:
     pairs = a.k1.shape[2] * a.k2.shape[2]
     return a.interaction == "product" and max(a.q.shape[3], a.v1.shape[3]) <= 32 and pairs <= 1 << 16
@@ -51,10 +47,10 @@ def _small_product(a) -> bool:
 # From top to bottom: the first that holds and can run.
 TABLE = (
     Choice("pair_attention", "cpu", "sums, 8 queries or more", "cpu", "cpu-amd-epyc-2-cores-avx512.md",
-           lambda a: _separates(a) and a.q.shape[2] >= 8),
+           lambda a: a.separates() and a.q.shape[2] >= 8),
     Choice("pair_attention", "cpu", "products and dropped pairs", "cpu", "cpu-amd-epyc-2-cores-avx512.md",
-           lambda a: not _separates(a)),
-    Choice("pair_attention", "cuda", "sums", "triton", "nvidia-h200-gpu.md", _separates),
+           lambda a: not a.separates()),
+    Choice("pair_attention", "cuda", "sums", "triton", "nvidia-h200-gpu.md", lambda a: a.separates()),
     Choice("pair_attention", "cuda", "dropped pairs", "triton", "nvidia-h200-gpu.md", lambda a: a.dropout_p > 0.0),
     Choice("pair_attention", "cuda", "products of 16 bits, up to 32 wide and 65536 pairs", "cuda",
            "nvidia-h200-gpu.md", lambda a: a.q.dtype in HALF and _small_product(a)),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfkernels.choice import materialises
-from avfkernels.ops.common import attend, check_mask, hide, join_masks, masked_softmax, pair_mask
+from avfkernels.ops.common import attend, autocast_enabled, check_mask, hide, join_masks, masked_softmax, pair_mask
 from avfkernels.ops.latent import absorb, absorbed_attention
 from avfkernels.ops.linear import split_linear
 from avfkernels.ops.pair import INTERACTIONS, pair_attention
@@ -306,7 +306,7 @@ class FusionBlock(nn.Module):
                     f"{type(self).__name__}: {name} must have shape [B, N, {dim}] with one B for all, got "
                     f"{list(x.shape)} (x_fusion {list(x_fusion.shape)})"
                 )
-            if x.dtype != x_fusion.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != x_fusion.dtype and not autocast_enabled(x.device.type):
                 raise ValueError(
                     f"{type(self).__name__}: {name} {list(x.shape)} is {x.dtype}, x_fusion {list(x_fusion.shape)} is "
                     f"{x_fusion.dtype}; cast them to one dtype or use autocast"

@@ -12,6 +12,11 @@ from torch import Tensor
 from avfkernels.choice import materialises, transformed
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; False for kinds that know no autocast, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def casts_for_autocast(op: Callable) -> Callable:
     """Under autocast, runs an op in autocast's dtype, as torch's own attention does; float64 stays as it is."""
 
@@ -19,7 +24,7 @@ def casts_for_autocast(op: Callable) -> Callable:
     def run(*args, **kwargs):
         tensors = args if args and isinstance(args[0], Tensor) else (*args, *kwargs.values())
         device = next((x.device.type for x in tensors if isinstance(x, Tensor)), "meta")
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if not autocast_enabled(device):
             return op(*args, **kwargs)
         dtype = torch.get_autocast_dtype(device)
 
@@ -74,7 +79,7 @@ def check_mask(op: str, name: str, mask: Tensor | None, batch: int, tokens: int,
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] != tokens:
         raise ValueError(f"{op}: {name} must have shape [B, N] = [{batch}, {tokens}], got {list(mask.shape)}")
     if mask.device != device:
-        raise ValueError(f"{op}: {name} is on {mask.device}, q on {device}; move them to one device")
+        raise ValueError(f"{op}: {name} is on {mask.device}, the tokens on {device}; move them to one device")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -91,7 +91,7 @@ def pair_attention(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"pair_attention: dropout_p must be in [0, 1], got {dropout_p}")
     seed = _seed(seed, q.device) if dropout_p > 0.0 else None
-    arguments = Pairs(q, k1, v1, k2, v2, mask1, mask2, seed, scale, interaction, dropout_p)
+    arguments = Pairs(q, k1, v1, k2, v2, mask1, mask2, seed, float(scale), interaction, dropout_p)
     out, lse = _run(arguments, return_lse)
     return (out, lse) if return_lse else out
 

@@ -85,18 +85,17 @@ def _product(a: Pairs) -> tuple[Tensor, Tensor]:
     """
     if a.k1.shape[2] > a.k2.shape[2]:
         a = replace(a, k1=a.k2, v1=a.v2, mask1=a.mask2, k2=a.k1, v2=a.v1, mask2=a.mask1)
-    F, N1 = a.q.shape[2], a.k1.shape[2]
+    F, N1, mask2 = a.q.shape[2], a.k1.shape[2], a.mask2
+    if mask2 is not None:  # opened where there is no j: `eager` clears what comes of it, and no softmax is over nothing
+        mask2 = mask2 | ~mask2.any(-1, keepdim=True)
     flexible = a.q.device.type == "cuda" and a.q.dtype != torch.float64 and not transformed()
     dtype = a.q.dtype if flexible else torch.promote_types(a.q.dtype, torch.float32)
     rows = (a.q.to(dtype).unsqueeze(2) * a.k1.to(dtype).unsqueeze(3)).flatten(2, 3)  # [B, H, N1 * F, dk]
-    out, lse = (flex if flexible else _attend)(rows, a.k2.to(dtype), a.v2.to(dtype), a.scale, a.mask2)
+    out, lse = (flex if flexible else _attend)(rows, a.k2.to(dtype), a.v2.to(dtype), a.scale, mask2)
     out, lse = out.unflatten(2, (N1, F)), lse.unflatten(2, (N1, F)).transpose(2, 3)
-    if a.mask2 is not None:  # a batch entry without any j: no weight, and no infinity to differentiate
-        empty = ~a.mask2.any(-1)[:, None, None, None]
-        lse = lse.masked_fill(empty, 0.0)
     weights, joint = masked_softmax(lse, a.mask1, True)  # over i
     if a.mask2 is not None:
-        joint = joint.masked_fill(empty[..., 0], float("-inf"))
+        joint = joint.masked_fill(~a.mask2.any(-1)[:, None, None], float("-inf"))
     out = torch.einsum("bhfi,bhifd,bhid->bhfd", weights.to(dtype), out, a.v1.to(dtype))
     return out.to(a.q.dtype), joint
 
@@ -106,7 +105,7 @@ def _attend(q, k, v, scale, mask):
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention and its lse, both differentiable, by FlexAttention; a row without a key has out 0 and lse -inf."""
+    """Attention and its lse, both differentiable, by FlexAttention; mask [B, N] keeps a key of each entry."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     def keep(score, b, h, i, j):

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from avfkernels.ops.dropout import keep_factor, threshold
-from avfkernels.ops.pair_triton import cdiv, launch, padded, side, sides, widths
+from avfkernels.ops.pair_triton import launch, padded, side, sides, widths
 from avfkernels.ops.tiles import (
     at_head,
     dot,
@@ -297,8 +297,8 @@ def forward(a, out, lse, saved):
     """Fills out and, unless they are None, lse and saved."""
     (B, H, F, _), N1, N2, dv = a.q.shape, a.k1.shape[2], a.k2.shape[2], a.v1.shape[3]
     blocks = _blocks(a, False)
-    programs = B * H * cdiv(F, BLOCK_F)
-    splits = max(1, min(cdiv(PROGRAMS, programs), cdiv(N1, blocks["BLOCK_I"])))
+    programs = B * H * triton.cdiv(F, BLOCK_F)
+    splits = max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(N1, blocks["BLOCK_I"])))
     pieces = a.q.new_empty(splits, B, H, F, dv + 2, dtype=torch.float32) if splits > 1 else None
     pointers = a.q, a.q.stride()[:3], *sides(a), _dropout(a), out, out.stride()[:3], lse, saved, pieces
     launch(forward_kernel, a.q.device, programs * splits, pointers, (B, H, F, N1, N2, splits, a.scale), blocks)
@@ -316,7 +316,7 @@ def backward(a, saved, grad_out, grad_lse, grads):
             grad.zero_()
         return
     blocks = _blocks(a, True)
-    tiles1, tiles2 = cdiv(N1, blocks["BLOCK_I"]), cdiv(N2, blocks["BLOCK_J"])
+    tiles1, tiles2 = triton.cdiv(N1, blocks["BLOCK_I"]), triton.cdiv(N2, blocks["BLOCK_J"])
     inputs, sizes = (side(a.q, grad_out), *sides(a), _dropout(a)), (B, H, F, N1, N2, a.scale)
     grads1, grads2 = side(*grads[1:3]), side(*grads[3:])
     softmax = saved[: 2 * B * H * F].view(2, B, H, F)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from avfkernels.ops.pair_triton import cdiv, launch, padded, side, sides, widths
+from avfkernels.ops.pair_triton import launch, padded, side, sides, widths
 from avfkernels.ops.tiles import (
     at_head,
     dot,
@@ -192,14 +192,14 @@ def _blocks(a) -> dict:
 
 
 def _splits(programs: int, longest: int) -> int:
-    return max(1, min(cdiv(PROGRAMS, programs), cdiv(longest, SHORTEST_SPLIT)))
+    return max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(longest, SHORTEST_SPLIT)))
 
 
 def forward(a, out, lse, saved):
     """Fills out and, unless they are None, lse and saved."""
     (B, H, F, _), N1, N2, dv = a.q.shape, a.k1.shape[2], a.k2.shape[2], a.v1.shape[3]
     blocks = _blocks(a)
-    programs = B * H * cdiv(F, blocks["BLOCK_F"])
+    programs = B * H * triton.cdiv(F, blocks["BLOCK_F"])
     splits = _splits(programs, max(N1, N2))
     partial = a.q.new_empty(splits, 2, B, H, F, dv + 2, dtype=torch.float32) if splits > 1 else None
     pointers = a.q, a.q.stride()[:3], *sides(a), out, out.stride()[:3], lse, saved, partial
@@ -207,14 +207,14 @@ def forward(a, out, lse, saved):
     if partial is not None:
         pointers, sizes = (partial, out, lse, saved, out.stride()[:3]), (B, H, F, splits)
         blocks = {"SETS": 2, "WIDTH": dv, "BLOCK_F": 16, "BLOCK": padded(dv), "num_warps": 4}
-        launch(merge, a.q.device, B * H * cdiv(F, 16), pointers, sizes, blocks)
+        launch(merge, a.q.device, B * H * triton.cdiv(F, 16), pointers, sizes, blocks)
 
 
 def backward(a, saved, grad_out, grad_lse, grads):
     """Fills the gradients of q, k1, v1, k2, v2."""
     (B, H, F, dk), N1, N2 = a.q.shape, a.k1.shape[2], a.k2.shape[2]
     blocks = _blocks(a)
-    programs = B * H * cdiv(F, blocks["BLOCK_F"])
+    programs = B * H * triton.cdiv(F, blocks["BLOCK_F"])
     splits = _splits(programs, max(N1, N2))
     whole = splits == 1 and blocks["BLOCK_F"] >= F
     delta = None if whole else a.q.new_empty(splits, 2, B, H, F, dtype=torch.float32)
@@ -229,7 +229,7 @@ def backward(a, saved, grad_out, grad_lse, grads):
         delta -= grad_lse
     if blocks["num_warps"] == 1:
         blocks["num_warps"] = 4  # gradients of a tile of tokens take registers too
-    tiles1, tiles2 = cdiv(N1, blocks["BLOCK_N"]), cdiv(N2, blocks["BLOCK_N"])
+    tiles1, tiles2 = triton.cdiv(N1, blocks["BLOCK_N"]), triton.cdiv(N2, blocks["BLOCK_N"])
     parts = a.q.new_empty(tiles1 + tiles2, B, H, F, dk, dtype=torch.float32)
     for s, (N, tiles, first) in enumerate(((N1, tiles1, 0), (N2, tiles2, tiles1))):
         if N > 0:

@@ -90,7 +90,3 @@ def widths(a: Pairs) -> tuple[int, int, int, int]:
 def padded(width: int) -> int:
     """The width of a tile: a power of two, and at least what a matrix instruction takes."""
     return max(16, 1 << max(width - 1, 0).bit_length())
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)

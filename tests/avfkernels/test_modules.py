@@ -340,6 +340,9 @@ def test_forward_errors_name_the_argument_and_the_shape():
         block(x_fusion, x_visual[:1], x_audio)
     with pytest.raises(ValueError, match=r"x_audio \[2, 7, 64\] is torch.float64, x_fusion .* is torch.float32; cast"):
         block(x_fusion, x_visual, x_audio.double())
+    with pytest.raises(ValueError, match=r"x_audio .* is torch.float64"):  # bug: a device that knows no autocast
+        block.to("meta")(x_fusion.to("meta"), x_visual.to("meta"), x_audio.double().to("meta"))
+    block = build("factorized")
     with pytest.raises(ValueError, match=r"FactorizedFusion: audio_mask must .* = \[2, 7\], got \[2, 8\]"):
         block(x_fusion, x_visual, x_audio, audio_mask=torch.ones(2, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match="visual_mask must be a bool tensor"):

@@ -9,6 +9,7 @@ from oracle import assert_accurate, in_double, pair_inputs, plain_attention
 import avfkernels
 from avfkernels import latent_attention, pair_attention, prefix_attention
 from avfkernels.native import why_unavailable
+from avfkernels.ops import pair_plain
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 sizes = st.sampled_from([1, 2, 3, 7, 16, 17, 33, 65, 130])
@@ -130,6 +131,26 @@ def test_product_interactions_equal_the_equation(backend, N1, N2):
         out, lse = pair_attention(*tensors, scale=0.5, interaction="product", return_lse=True)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, scores.flatten(3).logsumexp(-1))
+
+
+@pytest.mark.filterwarnings("ignore")  # not compiled, it holds its scores, and says so
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_by_flex_attention_as_on_a_gpu(monkeypatch, masked):
+    """Forward: it has no backward on a CPU. One entry has no token of the side that is attended to."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    tensors = pair_inputs(3, 2, 5, 9, 14, 16, 16, torch.float32)
+    masks = {"mask1": random_mask(3, 9, 0), "mask2": random_mask(3, 14, 1)} if masked else {}
+    if masked:
+        masks["mask2"][1] = False
+    results = []
+    for name in ("eager", "reference"):
+        with monkeypatch.context() as patch, avfkernels.backend(name):
+            patch.setattr(pair_plain, "_flex_attention", lambda: flex_attention)
+            patch.setattr(pair_plain, "_attend", pair_plain.flex)
+            results.append(pair_attention(*tensors, scale=0.25, interaction="product", return_lse=True, **masks))
+    torch.testing.assert_close(*results)
+    assert not masked or not results[0][0][1].any()
 
 
 @SETTINGS

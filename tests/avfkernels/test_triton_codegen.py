@@ -118,7 +118,7 @@ def test_a_second_launch_is_the_first_without_triton_looking_at_its_arguments(la
     def run(tensors, **options):
         launched.clear()
         with avfkernels.backend("triton"):
-            pair_attention(*tensors, scale=0.25, **options)
+            pair_attention(*tensors, **{"scale": 1} | options)
         return list(launched)
 
     def pointers(arguments):
@@ -129,6 +129,9 @@ def test_a_second_launch_is_the_first_without_triton_looking_at_its_arguments(la
         patch.setattr(triton.runtime.jit.JITFunction, "run", None)  # it would be called
         ((again, grid_again, arguments_again),) = run(tensors)
         assert (again, grid_again, pointers(arguments_again)) == (kernel, grid, pointers(arguments))
+        ((other, _, arguments_other),) = run(tensors, scale=0.25)
+        assert other == kernel  # of an int 1 Triton would have made a constant, and kept it
+        assert [x for x in (*arguments, *arguments_other) if isinstance(x, float)] == [1.0, 0.25]
         ((fewer, fewer_grid, _),) = run([t[:1] for t in tensors])  # sizes are not specialised on
         assert (fewer, fewer_grid[0]) == (kernel, grid[0] // 2)
     shifted = torch.empty(tensors[1].numel() + 1)[1:].view(2, 20, 3, 16).transpose(1, 2)
