@@ -15,12 +15,12 @@ with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothi
 
 from avfkernels.choice import backend, materialises
 from avfkernels.convert import accelerate
+from avfkernels.layer import early_fusion, run_block
 from avfkernels.modules import DenseFusion, FactorizedFusion, TokenFusion
 from avfkernels.ops.latent import latent_attention
 from avfkernels.ops.linear import split_linear
 from avfkernels.ops.merge import merge_attention
 from avfkernels.ops.pair import pair_attention
-from avfkernels.ops.prefix import prefix_attention
 
 try:
     __version__ = version("avfusion")
@@ -33,10 +33,11 @@ __all__ = [
     "TokenFusion",
     "accelerate",
     "backend",
+    "early_fusion",
     "latent_attention",
     "materialises",
     "merge_attention",
     "pair_attention",
-    "prefix_attention",
+    "run_block",
     "split_linear",
 ]

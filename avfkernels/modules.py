@@ -12,6 +12,8 @@ dropped pairs do not separate: `pair_attention` visits them one by one and keeps
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,6 @@ from avfkernels.ops.common import attend, autocast_enabled, check_mask, hide, jo
 from avfkernels.ops.latent import absorb, absorbed_attention
 from avfkernels.ops.linear import split_linear
 from avfkernels.ops.pair import INTERACTIONS, pair_attention
-from avfkernels.ops.prefix import prefix_attention
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -70,7 +71,18 @@ def _marginals(q, k1, k2, scale: float, interaction: str, mask1=None, mask2=None
 
 
 class _Attention(nn.Module):
-    """What the attentions of the three blocks share: sizes and dropout."""
+    """What the attentions of the three blocks share: sizes and dropout.
+
+    Those of the blocks work in two steps, `read` the tokens of the modalities and `update` the fusion tokens with that,
+    so that a layer that reads the tokens for somebody else too (layer.py) can do so by one matrix product: `reads` says
+    by which weights and biases. `absorbs`: what is read are the tokens themselves (R2).
+    """
+
+    absorbs = False
+
+    def readers(self) -> dict[str, nn.Module]:
+        """The layers whose weights `reads` takes."""
+        return {"kv": self.kv}
 
     def __init__(self, dim: int, num_heads: int, attn_ratio: float, attn_drop: float, drop: float):
         super().__init__()
@@ -87,6 +99,9 @@ class _Attention(nn.Module):
 
     def dropout_p(self) -> float:
         return self.attn_drop if self.training else 0.0
+
+    def forward(self, x, x_visual, x_audio, *options):
+        return self.update(x, *self.read(x_visual, x_audio), *options)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Ordinary attention with its weights in memory, and dropped out in training."""
@@ -106,20 +121,25 @@ class TokenAttention(_Attention):
         self.kv = nn.Linear(dim, 2 * self.attn_dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(self.attn_dim, dim, **factory)
 
-    def forward(self, x, x_visual, x_audio, return_attention=False, visual_mask=None, audio_mask=None):
+    def reads(self):
+        return ((self.kv.weight, self.kv.bias),) * 2
+
+    def read(self, x_visual, x_audio):
+        return self.kv(x_visual), self.kv(x_audio)
+
+    def update(self, x, kv_visual, kv_audio, return_attention=False, visual_mask=None, audio_mask=None):
         q = _heads(self.q(x), self.num_heads)
-        k_v, v_v = _key_value_heads(self.kv(x_visual), self.num_heads)
-        k_a, v_a = _key_value_heads(self.kv(x_audio), self.num_heads)
-        mask = join_masks(visual_mask, audio_mask, k_v.shape[2], k_a.shape[2])
+        k, v = _key_value_heads(torch.cat((kv_visual, kv_audio), dim=1), self.num_heads)
+        sizes = kv_visual.shape[1], kv_audio.shape[1]
+        mask = join_masks(visual_mask, audio_mask, *sizes)
         if materialises() or self.dropout_p() > 0.0:
-            out = self.attend(q, torch.cat((k_v, k_a), dim=2), torch.cat((v_v, v_a), dim=2), mask)
+            out = self.attend(q, k, v, mask)
         else:
-            out = prefix_attention(q, k_a, v_a, k_v, v_v, scale=self.scale, mask=mask)
+            out, _ = attend(q, k, v, self.scale, mask)
         out = self.project(out)
         if not return_attention:
             return out
-        weights = _softmax_weights(q, torch.cat((k_v, k_a), 2), self.scale, mask)
-        beta, alpha = weights.split((k_v.shape[2], k_a.shape[2]), 3)
+        beta, alpha = _softmax_weights(q, k, self.scale, mask).split(sizes, 3)
         return out, alpha, beta
 
 
@@ -136,17 +156,26 @@ class DenseAttention(_Attention):
         self.proj = nn.Linear(self.attn_dim, dim, **factory)
 
     def forward(self, x, x_visual, x_audio, return_attention=False, visual_mask=None, audio_mask=None):
-        q = _heads(self.q(x), self.num_heads)
-        product = self.interaction == "product"
-        if materialises() and not product and not return_attention:
-            k, v = _key_value_heads(self.kv(_pairs(x_audio, x_visual)), self.num_heads)
-            mask = pair_mask(audio_mask, visual_mask, x_audio.shape[1], x_visual.shape[1])
-            return self.project(self.attend(q, k, v, mask))
+        if not materialises() or self.interaction == "product" or return_attention:
+            return super().forward(x, x_visual, x_audio, return_attention, visual_mask, audio_mask)
+        k, v = _key_value_heads(self.kv(_pairs(x_audio, x_visual)), self.num_heads)
+        mask = pair_mask(audio_mask, visual_mask, x_audio.shape[1], x_visual.shape[1])
+        return self.project(self.attend(_heads(self.q(x), self.num_heads), k, v, mask))
 
-        # W [x_a ; x_v] + b = W_a x_a + (W_v x_v + b). A product takes the bias on both factors.
+    # W [x_a ; x_v] + b = W_a x_a + (W_v x_v + b). A product takes the bias on both factors.
+
+    def reads(self):
+        audio, visual = self.kv.weight.chunk(2, dim=1)
+        return (visual, self.kv.bias), (audio, self.kv.bias if self.interaction == "product" else None)
+
+    def read(self, x_visual, x_audio):
         kv_audio, kv_visual = split_linear((x_audio, x_visual), self.kv.weight, self.kv.bias)
-        if product and self.kv.bias is not None:
+        if self.interaction == "product" and self.kv.bias is not None:
             kv_audio = kv_audio + self.kv.bias
+        return kv_visual, kv_audio
+
+    def update(self, x, kv_visual, kv_audio, return_attention=False, visual_mask=None, audio_mask=None):
+        q = _heads(self.q(x), self.num_heads)
         k_a, v_a = _key_value_heads(kv_audio, self.num_heads)
         k_v, v_v = _key_value_heads(kv_visual, self.num_heads)
         out = pair_attention(
@@ -159,6 +188,15 @@ class DenseAttention(_Attention):
         return out, *_marginals(q, k_a, k_v, self.scale, self.interaction, audio_mask, visual_mask)
 
 
+class Tokens(NamedTuple):
+    """Tokens [B, N, D], and the projection to keys and values that is still to come: r x W^T + b, r [B, N, 1] or 1."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    factor: Tensor | None = None
+
+
 class LatentCrossAttention(_Attention):
     """A few latent tokens aggregate the tokens of one modality by full-width cross-attention (Eqs. 7-8)."""
 
@@ -168,20 +206,22 @@ class LatentCrossAttention(_Attention):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
 
-    def forward(self, latents, x, return_attention=False, mask=None):
-        """latents [B, m, D], x [B, N, D], mask [B, N] -> [B, m, D] (, weights [B, H, m, N])."""
+    def forward(self, latents, tokens: Tokens, return_attention=False, mask=None):
+        """latents [B, m, D], tokens [B, N, D], mask [B, N] -> [B, m, D] (, weights [B, H, m, N])."""
         q = _heads(self.q(latents), self.num_heads)  # [B, H, m, d]
+        x, weight, bias, factor = tokens
         keeps_weights = materialises() or self.dropout_p() > 0.0
         # Moving the projections to the latents (R2) takes fewer FLOP than projecting a dozen tokens or more.
         if keeps_weights or latents.shape[1] * self.num_heads >= self.q.in_features:
-            k, v = _key_value_heads(self.kv(x), self.num_heads)
+            x = x if factor is None else (x * factor).to(x.dtype)
+            k, v = _key_value_heads(F.linear(x, weight, bias), self.num_heads)
             out = self.attend(q, k, v, mask) if keeps_weights else attend(q, k, v, self.scale, mask)[0]
             weights = _softmax_weights(q, k, self.scale, mask) if return_attention else None
         else:
-            out = absorbed_attention(q, x, self.kv.weight, self.kv.bias, self.scale, mask)
+            out = absorbed_attention(q, x, weight, bias, self.scale, mask, factor)
             weights = None
             if return_attention:
-                weights = _softmax_weights(absorb(q, self.kv.weight), x.unsqueeze(1), self.scale, mask)
+                weights = _softmax_weights(absorb(q, weight), x.unsqueeze(1), self.scale, mask)
         out = self.project(out)
         return (out, weights) if return_attention else out
 
@@ -199,10 +239,21 @@ class FactorizedAttention(_Attention):
         self.v = nn.Linear(2 * dim, dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
 
-    def forward(self, x, x_visual, x_audio, return_attention=False, visual_mask=None, audio_mask=None):
+    absorbs = True
+
+    def readers(self):
+        return {"attn_v.kv": self.attn_v.kv, "attn_a.kv": self.attn_a.kv}
+
+    def reads(self):
+        return tuple((attn.kv.weight, attn.kv.bias) for attn in (self.attn_v, self.attn_a))
+
+    def read(self, x_visual, x_audio):
+        return tuple(Tokens(x, *read) for x, read in zip((x_visual, x_audio), self.reads(), strict=True))
+
+    def update(self, x, visual, audio, return_attention=False, visual_mask=None, audio_mask=None):
         x, agg_v, agg_a = x.split(self.fusion_tkns, dim=1)
-        agg_v = self.attn_v(agg_v, x_visual, return_attention, visual_mask)
-        agg_a = self.attn_a(agg_a, x_audio, return_attention, audio_mask)
+        agg_v = self.attn_v(agg_v, visual, return_attention, visual_mask)
+        agg_a = self.attn_a(agg_a, audio, return_attention, audio_mask)
         if return_attention:
             (agg_v, weights_v), (agg_a, weights_a) = agg_v, agg_a
 
@@ -268,8 +319,9 @@ class FusionBlock(nn.Module):
         keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1.0 - self.drop_path_p)
         return x * keep / (1.0 - self.drop_path_p)
 
-    def normalise(self, x_visual: Tensor, x_audio: Tensor) -> tuple[Tensor, Tensor]:
-        return self.norm1_img(x_visual), self.norm1_aud(x_audio)
+    def norms(self) -> tuple[nn.Module, nn.Module]:
+        """Of the visual tokens and of the audio tokens."""
+        return self.norm1_img, self.norm1_aud
 
     def forward(
         self, x_fusion: Tensor, x_visual: Tensor, x_audio: Tensor, return_attention: bool = False,
@@ -290,13 +342,22 @@ class FusionBlock(nn.Module):
         self._check(x_fusion, x_visual, x_audio)
         for name, mask, tokens in (("visual_mask", visual_mask, x_visual), ("audio_mask", audio_mask, x_audio)):
             check_mask(type(self).__name__, name, mask, *tokens.shape[:2], tokens.device)
+        norm_visual, norm_audio = self.norms()
+        x_visual, x_audio = norm_visual(hide(x_visual, visual_mask)), norm_audio(hide(x_audio, audio_mask))
         x = self.norm1_mm(x_fusion)
-        x_visual, x_audio = self.normalise(hide(x_visual, visual_mask), hide(x_audio, audio_mask))
         out = self.attn(x, x_visual, x_audio, return_attention, visual_mask, audio_mask)
         out, *maps = out if return_attention else (out,)
-        x = x + self.drop_path(out)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = self._finish(x, out)
         return (x, *maps) if return_attention else x
+
+    def update(self, x_fusion: Tensor, visual, audio) -> Tensor:
+        """The block for tokens that have been read (`attn.reads`) by somebody else."""
+        x = self.norm1_mm(x_fusion)
+        return self._finish(x, self.attn.update(x, visual, audio))
+
+    def _finish(self, x: Tensor, out: Tensor) -> Tensor:
+        x = x + self.drop_path(out)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _check(self, x_fusion, x_visual, x_audio):
         dim = self.norm2.normalized_shape[0]
@@ -327,8 +388,8 @@ class TokenFusion(FusionBlock):
         attn = TokenAttention(dim, num_heads, attn_ratio, qkv_bias, attn_drop, drop, **factory)
         super().__init__(dim, attn, mlp_ratio, drop, drop_path, **factory)
 
-    def normalise(self, x_visual, x_audio):
-        return self.norm1_aud(x_visual), self.norm1_img(x_audio)  # swapped in the release, and so in its checkpoints
+    def norms(self):
+        return self.norm1_aud, self.norm1_img  # swapped in the release, and so in its checkpoints
 
 
 class DenseFusion(FusionBlock):

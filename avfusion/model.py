@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp, PatchEmbed
+from timm.layers import PatchEmbed
+from timm.models import vision_transformer
 from torch import Tensor, nn
 
 import avfkernels
@@ -132,46 +134,20 @@ def take(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over [prefix ; x] with queries from x only."""
+class Block(vision_transformer.Block):
+    """timm's pre-norm ViT block, which may also read a prefix of fusion tokens (R3)."""
 
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-        if prefix is None:
-            q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
-        else:
-            # Joining the tokens before one projection to keys and values is cheaper than joining keys and values after
-            # two: one copy for two, and one matrix product of a good size for a good and a small one.
-            dim, joined = x.shape[-1], torch.cat((prefix, x), dim=1)
-            q, kv = avfkernels.split_linear((x, joined), self.qkv.weight, self.qkv.bias, sizes=(dim, 2 * dim))
-            q = rearrange(q, "b n (h d) -> b h n d", h=self.num_heads)
-            k, v = rearrange(kv, "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
-
-
-class Block(nn.Module):
-    """A pre-norm ViT block that may read a prefix of fusion tokens."""
+    reads_prefix = True
 
     def __init__(self, config: EncoderConfig):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.attn = Attention(config.dim, config.num_heads)
-        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.mlp = Mlp(config.dim, int(config.dim * config.mlp_ratio))
-        self.drop_path = DropPath(config.drop_path)
+        super().__init__(
+            config.dim, config.num_heads, config.mlp_ratio, qkv_bias=True, drop_path=config.drop_path,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )  # fmt: skip
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-        if prefix is not None and avfkernels.materialises():  # as released: the prefix goes through and is dropped
-            return self(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
-        x = x + self.drop_path(self.attn(self.norm1(x), None if prefix is None else self.norm1(prefix)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        """x [B, N, D], prefix [B, P, D] -> the rows of x of the block over [prefix ; x]."""
+        return avfkernels.run_block(self, x, prefix)
 
 
 class ViT(nn.Module):
@@ -214,6 +190,7 @@ class DeepAVFusion(nn.Module):
         nn.init.normal_(self.fusion_tokens, std=0.02)
         self.fusion_blocks = nn.ModuleDict({str(i): self._fusion_block() for i in config.layers_with_fusion})
         self.fusion_norm = nn.LayerNorm(config.dim)  # eps 1e-5, unlike the ViTs
+        self.compiled = False
 
     def _fusion_block(self) -> nn.Module:
         c = self.config
@@ -248,11 +225,11 @@ class DeepAVFusion(nn.Module):
         Raises ValueError, naming the argument, if a shape is not the configured one.
         """
         x_image, x_audio, x_fusion = self._embed(image, audio, image_ids_keep, audio_ids_keep)
-        embs = []
-        for layer in range(self.config.depth):
-            x_image, x_audio, x_fusion = self._layer(layer, x_image, x_audio, x_fusion)
-            if return_embs:
-                embs.append((x_image, x_audio, x_fusion))
+        fusion_blocks = [self.fusion_blocks[str(i)] if str(i) in self.fusion_blocks else None for i in range(self.config.depth)]
+        x_image, x_audio, x_fusion, embs = avfkernels.early_fusion(
+            self.image.blocks, self.audio.blocks, fusion_blocks, x_image, x_audio, x_fusion,
+            compiled=self.compiled, return_embs=return_embs,
+        )  # fmt: skip
         out = self.image.norm(x_image), self.audio.norm(x_audio), self.fusion_norm(x_fusion)
         return (*out, embs) if return_embs else out
 
@@ -268,13 +245,6 @@ class DeepAVFusion(nn.Module):
                 )
         x_image, x_audio = self.image.embed(image, image_ids_keep), self.audio.embed(audio, audio_ids_keep)
         return x_image, x_audio, self.fusion_tokens.expand(image.shape[0], -1, -1)
-
-    def _layer(self, layer, x_image, x_audio, x_fusion):
-        image_block, audio_block = self.image.blocks[layer], self.audio.blocks[layer]
-        if str(layer) not in self.fusion_blocks:
-            return image_block(x_image), audio_block(x_audio), x_fusion
-        next_fusion = self.fusion_blocks[str(layer)](x_fusion, x_image, x_audio)
-        return image_block(x_image, x_fusion), audio_block(x_audio, x_fusion), next_fusion
 
     @torch.no_grad()
     def attention_maps(self, image: Tensor, audio: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

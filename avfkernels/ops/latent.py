@@ -62,8 +62,9 @@ def _scores(q: Tensor, x: Tensor, scale: float) -> Tensor:
 
 @casts_for_autocast
 def absorbed_attention(
-    q: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, mask: Tensor | None = None
-) -> Tensor:
+    q: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, mask: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     r"""Multi-head cross-attention of q over k = W_k x + b_k and v = W_v x + b_v, of which neither k nor v exists.
 
         out[h, m] = W_v[h] sum_n softmax_n(scale * (W_k[h]^T q[h, m]) . x[n]) x[n]  +  b_v[h]
@@ -73,13 +74,16 @@ def absorbed_attention(
     cheaper than to keep it. Its backward pass is of first order.
 
     Args: q [B, H, m, d]; x [B, N, D]; weight [2 * H * d, D] and bias [2 * H * d] (or None), keys before values;
-        mask bool [B, N].
+        mask bool [B, N]; factor [B, N, 1], of the tokens: attention is over factor * x.
     Returns: [B, H, m, d]; 0 where a batch entry has no token.
     """
     x = hide(x, mask)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+    if factor is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         queries = absorb(q, weight)
-        context = latent_attention(queries.flatten(1, 2), x, scale=scale, mask=mask).view_as(queries)
+        scores = _scores(queries.flatten(1, 2), x, scale)
+        factor = 1.0 if factor is None else factor.transpose(1, 2)
+        attn, _ = masked_softmax(scores * factor, mask)
+        context = ((attn * factor).to(x.dtype) @ x).view_as(queries)
         out = torch.einsum("bhme,hde->bhmd", context, _by_heads(weight, q.shape[1])[1])
     else:
         out, _ = _Absorbed.apply(q, x, weight, scale, mask)

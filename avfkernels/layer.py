@@ -1,0 +1,325 @@
+"""One early-fusion layer, and one layer after the other: what `avfusion`'s encoder and `accelerate` both run.
+
+    x_fusion' = Fusion(x_fusion, x_image, x_audio)                         (Eq. 1)
+    x_image'  = Visual(x_image, x_fusion),    x_audio' likewise            (Eqs. 2, 3)
+
+Plain, the unimodal blocks read the fusion tokens as a prefix (R3) and the fusion block is a module like any other.
+Fused, a modality's tokens are normalised once, x^ = (x - mean) / sqrt(var + eps), for the block and for the fusion
+block, whose norms differ in affine and eps only:
+
+    [q k v]          = x^ (W_qkv g)^T + (W_qkv b)                          g, b: affine of the block's norm
+    what fusion reads = r x^ (W_f g')^T + (W_f b'),    r = sqrt((var + eps) / (var + eps')) a row
+
+so that one matrix product gives both, with the rows of the prefix in front. In training the fold W g is part of the
+graph, and gradients reach the parameters; in inference it is kept, and made anew when a parameter has changed. The
+fused form is many small operations: it runs compiled, or inside somebody's torch.compile, and not otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avfkernels.choice import materialises, transformed
+from avfkernels.modules import FusionBlock, Tokens
+from avfkernels.ops.common import autocast_enabled, compute_dtype
+from avfkernels.ops.linear import split_linear
+
+# Rows of patch tokens below which a layer leaves a GPU idle, so that the fusion branch runs beside the others.
+FEW_ROWS = 8192
+# Of a compiled function, for modalities, masks, dtypes, batches. Past it torch.compile would be an error (fullgraph).
+RECOMPILE_LIMIT = 64
+
+
+def early_fusion(
+    image_blocks: Sequence[nn.Module], audio_blocks: Sequence[nn.Module], fusion_blocks: Sequence[nn.Module | None],
+    x_image: Tensor, x_audio: Tensor, x_fusion: Tensor, *, compiled: bool = False, return_embs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:  # fmt: skip
+    """Runs the layers of an encoder.
+
+    Args:
+        image_blocks, audio_blocks: timm's ViT blocks or modules with their attributes, one a layer.
+        fusion_blocks: `TokenFusion`, `DenseFusion`, `FactorizedFusion`, or None for a layer without fusion.
+        x_image [B, n_v, D], x_audio [B, n_a, D], x_fusion [B, F, D].
+        compiled: by torch.compile, once for all layers alike. Layers that `why_plain` names run as they are.
+
+    Returns x_image, x_audio, x_fusion, and a list of the same three after every layer if `return_embs`, else empty.
+    """
+    embs = []
+    if compiled:  # an expanded parameter would be a layout, and a compilation, of its own
+        x_fusion = x_fusion.contiguous()
+    limit = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT) if compiled else nullcontext()
+    with limit:
+        for blocks in zip(image_blocks, audio_blocks, fusion_blocks, strict=True):
+            x_image, x_audio, x_fusion = _layer(*blocks, x_image, x_audio, x_fusion, compiled)
+            if return_embs:
+                embs.append((x_image, x_audio, x_fusion))
+    return x_image, x_audio, x_fusion, embs
+
+
+def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, compiled: bool = False) -> Tensor:
+    """A ViT block over x [B, N, D]; with a prefix [B, P, D], the rows of x of the block over [prefix ; x] (R3)."""
+    if materialises() and prefix is not None:  # as released: the prefix goes through and is dropped
+        return block(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
+    if compiled and _called_as_is(block):
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return _COMPILED_BLOCK(block, x, prefix)
+    return _block(block, x, prefix)
+
+
+def why_plain(image_block: nn.Module, audio_block: nn.Module, fusion_block: nn.Module) -> str | None:
+    """Why a layer is not fused, or None: what it does not call, or reads the weights of, must do nothing else."""
+    if not isinstance(fusion_block, FusionBlock):
+        return f"the fusion block is a {type(fusion_block).__name__}"
+    if fusion_block.training and fusion_block.attn.attn_drop:
+        return "attn_drop drops attention weights, which the fused layer does not have"
+    norm_v, norm_a = fusion_block.norms()
+    for block, norm in ((image_block, norm_v), (audio_block, norm_a)):
+        parts = {"the block": block, "its attention": block.attn}
+        layers = {"norm1": (block.norm1, nn.LayerNorm), "qkv": (block.attn.qkv, nn.Linear),
+                  "norm of the fusion block": (norm, nn.LayerNorm)}  # fmt: skip
+        for name, (part, kind) in layers.items():
+            if type(part).forward is not kind.forward or part.weight is None:
+                return f"{name} is a {type(part).__name__} and does more, or less, than {kind.__name__}"
+        if norm.bias is None or block.norm1.bias is None:
+            return "a norm has no bias"
+        for name, part in (parts | {name: part for name, (part, _) in layers.items()}).items():
+            if not _untouched(part):
+                return f"{name} has hooks, or a forward of its own"
+    uncalled = {"the fusion block": fusion_block, "its attention": fusion_block.attn} | fusion_block.attn.readers()
+    for name, part in uncalled.items():
+        if not _untouched(part):
+            return f"{name} of the fusion block has hooks, or a forward of its own"
+    return None
+
+
+def _untouched(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(module, kind) for kind in hooks) and "forward" not in vars(module)
+
+
+def _called_as_is(block: nn.Module) -> bool:
+    return all(map(_untouched, block.modules()))
+
+
+def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, compiled):
+    if fusion_block is None:
+        blocks = ((image_block, x_image), (audio_block, x_audio))
+        return *(run_block(block, x, compiled=compiled) for block, x in blocks), x_fusion
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if (compiled or traced) and not materialises() and not transformed():
+        blocks = image_block, audio_block, fusion_block
+        if why_plain(*blocks) is None:
+            if traced:
+                return _fused(*blocks, x_image, x_audio, x_fusion, None)
+            if torch.is_grad_enabled():
+                _FOLDED.pop(fusion_block, None)
+                return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, None)
+            folded = _folded(*blocks, x_image)
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                rows = x_image.shape[0] * (x_image.shape[1] + x_audio.shape[1])
+                if rows <= FEW_ROWS:
+                    return _on_two_streams(*blocks, x_image, x_audio, x_fusion, folded)
+            return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, folded)
+    # In the order in which the authors draw random numbers.
+    next_image = _call(image_block, x_image, x_fusion)
+    next_audio = _call(audio_block, x_audio, x_fusion)
+    return next_image, next_audio, fusion_block(x_fusion, x_image, x_audio)
+
+
+def _call(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
+    """As a module, so that what hooks onto its calls (FSDP, checkpointing) works, where it can be called with a prefix."""
+    return block(x, prefix) if getattr(block, "reads_prefix", False) else run_block(block, x, prefix)
+
+
+# A unimodal block in two steps: what attention reads, and what comes of it.
+
+
+def _block(block: nn.Module, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    attn = block.attn
+    dim = attn.proj.in_features
+    if prefix is None:
+        q, k, v = attn.qkv(block.norm1(x)).split(dim, dim=-1)
+    else:
+        # Joining the tokens before one projection to keys and values is cheaper than joining keys and values after two:
+        # one copy for two, and one matrix product of a good size for a good and a small one.
+        x_norm = block.norm1(x)
+        joined = torch.cat((block.norm1(prefix), x_norm), dim=1)
+        q, kv = split_linear((x_norm, joined), attn.qkv.weight, attn.qkv.bias, sizes=(dim, 2 * dim))
+        k, v = kv.split(dim, dim=-1)
+    return _finish(block, x, q, k, v)
+
+
+def _finish(block: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention, its projection and the MLP of a block, with their residuals; q [B, N, D], k and v [B, P + N, D]."""
+    attn = block.attn
+    q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+    dropout_p = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout_p, scale=attn.scale)
+    out = attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
+    x = x + block.drop_path1(block.ls1(out))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+class _Folded(NamedTuple):
+    """Of one modality: W g [3D + R, D] and W b [3D + R] of all that reads it; R is 0 where R2 reads the tokens bare."""
+
+    weight: Tensor
+    bias: Tensor
+    agg_weight: Tensor | None  # of R2: keys and values of the aggregation, [2D, D] and [2D]
+    agg_bias: Tensor | None
+
+
+def _fold(block: nn.Module, norm: nn.Module, read: tuple[Tensor, Tensor | None], absorbs: bool) -> _Folded:
+    """The affine of norms, folded into the projections behind them, in at least float32."""
+    qkv = _affine(block.attn.qkv.weight, block.attn.qkv.bias, block.norm1)
+    fusion = _affine(*read, norm)
+    if absorbs:
+        return _Folded(*qkv, *fusion)
+    return _Folded(torch.cat((qkv[0], fusion[0])), torch.cat((qkv[1], fusion[1])), None, None)
+
+
+def _affine(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(weight.dtype)
+    wide = weight.to(dtype)
+    constant = (wide * norm.bias.to(dtype)).sum(-1)  # no matrix product: autocast would round it
+    constant = constant if bias is None else constant + bias.to(dtype)
+    return (wide * norm.weight.to(dtype)).to(weight.dtype), constant.to(weight.dtype)
+
+
+def _read(block, norm, folded: _Folded, x: Tensor, x_fusion: Tensor):
+    """q [B, N, D], k, v [B, P + N, D] of a block over [x_fusion ; x], and what the fusion block reads of x."""
+    dim, prefix, eps = x.shape[-1], x_fusion.shape[1], block.norm1.eps
+    joined = torch.cat((x_fusion, x), dim=1)
+    x_hat = F.layer_norm(joined, (dim,), None, None, eps)
+    factor = None
+    if norm.eps != eps:
+        var = x.to(compute_dtype(x.dtype)).var(-1, correction=0, keepdim=True)
+        factor = ((var + eps) / (var + norm.eps)).sqrt()
+    if folded.agg_weight is not None:
+        q, k, v = F.linear(x_hat, folded.weight, folded.bias).split(dim, dim=-1)
+        return q[:, prefix:], k, v, Tokens(x_hat[:, prefix:], folded.agg_weight, folded.agg_bias, factor)
+    if factor is None:
+        y = F.linear(x_hat, folded.weight, folded.bias)
+        fusion = y[:, prefix:, 3 * dim :]
+    else:  # the factor is for the product, and not for the constant
+        bias, constant = folded.bias.split((3 * dim, len(folded.bias) - 3 * dim))
+        y = F.linear(x_hat, folded.weight, F.pad(bias, (0, len(constant))))
+        fusion = (y[:, prefix:, 3 * dim :] * factor + constant).to(y.dtype)
+    q, k, v, _ = y.split((dim, dim, dim, y.shape[-1] - 3 * dim), dim=-1)
+    return q[:, prefix:], k, v, fusion
+
+
+def _folds(image_block, audio_block, fusion_block) -> tuple[_Folded, _Folded]:
+    reads, absorbs = fusion_block.attn.reads(), fusion_block.attn.absorbs
+    blocks = zip((image_block, audio_block), fusion_block.norms(), reads, strict=True)
+    return tuple(_fold(block, norm, read, absorbs) for block, norm, read in blocks)
+
+
+def _fused(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, folded):
+    folded_v, folded_a = folded or _folds(image_block, audio_block, fusion_block)
+    norm_v, norm_a = fusion_block.norms()
+    *qkv_v, read_v = _read(image_block, norm_v, folded_v, x_image, x_fusion)
+    *qkv_a, read_a = _read(audio_block, norm_a, folded_a, x_audio, x_fusion)
+    next_image, next_audio = _finish(image_block, x_image, *qkv_v), _finish(audio_block, x_audio, *qkv_a)
+    return next_image, next_audio, fusion_block.update(x_fusion, read_v, read_a)
+
+
+def _update(fusion_block, x_fusion, read_v, read_a):
+    return fusion_block.update(x_fusion, read_v, read_a)
+
+
+def _compile(function):
+    # By shape: a CUDA graph has one, and what depends on a size is settled when it compiles.
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+_COMPILED_BLOCK, _COMPILED_LAYER = _compile(_block), _compile(_fused)
+_COMPILED_READ, _COMPILED_FINISH, _COMPILED_UPDATE = _compile(_read), _compile(_finish), _compile(_update)
+
+
+def _on_two_streams(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, folded):
+    """The layer with its fusion branch beside the unimodal ones, while a CUDA graph is recorded."""
+    main, side = torch.cuda.current_stream(), _side_stream(x_image.device)
+    norm_v, norm_a = fusion_block.norms()
+    *qkv_v, read_v = _COMPILED_READ(image_block, norm_v, folded[0], x_image, x_fusion)
+    *qkv_a, read_a = _COMPILED_READ(audio_block, norm_a, folded[1], x_audio, x_fusion)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        next_fusion = _COMPILED_UPDATE(fusion_block, x_fusion, read_v, read_a)
+    next_image = _COMPILED_FINISH(image_block, x_image, *qkv_v)
+    next_audio = _COMPILED_FINISH(audio_block, x_audio, *qkv_a)
+    main.wait_stream(side)  # before anything that both have read is freed
+    return next_image, next_audio, next_fusion
+
+
+_SIDE_STREAMS: dict[torch.device, object] = {}
+
+
+def _side_stream(device: torch.device):
+    if device not in _SIDE_STREAMS:
+        _SIDE_STREAMS[device] = torch.cuda.Stream(device)
+    return _SIDE_STREAMS[device]
+
+
+class _Kept:
+    """The folds of one layer, and what they were made of."""
+
+    def __init__(self, sources: list[Tensor], folded: tuple[_Folded, _Folded], dtype: torch.dtype):
+        # Detached: the memory stays what it is, even if a parameter is given another, so that addresses tell them apart.
+        self.sources, self.aliases = sources, [source.detach() for source in sources]
+        self.state, self.folded, self.dtype = _state(sources), folded, dtype
+
+
+def _state(sources: list[Tensor]) -> list[tuple[int, int]]:
+    return [(source.data_ptr(), source._version) for source in sources]
+
+
+# fusion block -> what is kept of its layer. Weak, and no part of any module: copies of a model share nothing.
+_FOLDED: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _folded(image_block, audio_block, fusion_block, x: Tensor) -> tuple[_Folded, _Folded]:
+    """The folds of a layer for inference: kept until a parameter is another one, or has been written to.
+
+    A parameter that has been written to is folded into the same memory, which CUDA graphs have recorded.
+    """
+    sources = _sources(image_block, audio_block, fusion_block)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else sources[0].dtype
+    kept = _FOLDED.get(fusion_block)
+    same = kept is not None and kept.dtype == dtype and len(kept.sources) == len(sources) and all(
+        a is b for a, b in zip(kept.sources, sources, strict=True)
+    )  # fmt: skip
+    state = _state(sources)
+    if same and kept.state == state:
+        return kept.folded
+    made = _folds(image_block, audio_block, fusion_block)
+    made = tuple(_Folded(*(t if t is None else t.to(dtype) for t in part)) for part in made)
+    if same and [p for p, _ in kept.state] == [p for p, _ in state]:
+        for old, new in zip(kept.folded, made, strict=True):
+            for a, b in zip(old, new, strict=True):
+                if a is not None:
+                    a.copy_(b)
+        kept.state = state
+    else:
+        kept = _FOLDED[fusion_block] = _Kept(sources, made, dtype)
+    return kept.folded
+
+
+def _sources(image_block, audio_block, fusion_block) -> list[Tensor]:
+    found = []
+    for block in (image_block, audio_block):
+        found += [block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias]
+    for norm in fusion_block.norms():
+        found += [norm.weight, norm.bias]
+    for reader in fusion_block.attn.readers().values():
+        found += [reader.weight, reader.bias]
+    return [tensor for tensor in found if tensor is not None]
