@@ -13,9 +13,10 @@ with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothi
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch  # noqa: F401
 
+from avfkernels.capture import Captured
 from avfkernels.choice import backend, materialises
 from avfkernels.convert import accelerate
-from avfkernels.layer import early_fusion, run_block
+from avfkernels.layer import early_fusion, read_prefix, run_block
 from avfkernels.modules import DenseFusion, FactorizedFusion, TokenFusion
 from avfkernels.ops.latent import latent_attention
 from avfkernels.ops.linear import split_linear
@@ -28,6 +29,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "unknown"
 
 __all__ = [
+    "Captured",
     "DenseFusion",
     "FactorizedFusion",
     "TokenFusion",
@@ -38,6 +40,7 @@ __all__ = [
     "materialises",
     "merge_attention",
     "pair_attention",
+    "read_prefix",
     "run_block",
     "split_linear",
 ]

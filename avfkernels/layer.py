@@ -17,8 +17,8 @@ fused form is many small operations: it runs compiled, or inside somebody's torc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -64,12 +64,23 @@ def early_fusion(
 
 
 def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, compiled: bool = False) -> Tensor:
-    """A ViT block over x [B, N, D]; with a prefix [B, P, D], the rows of x of the block over [prefix ; x] (R3)."""
-    if materialises() and prefix is not None:  # as released: the prefix goes through and is dropped
-        return block(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
-    if compiled and _called_as_is(block):
+    """A ViT block over x [B, N, D]; with a prefix [B, P, D], the rows of x of the block over [prefix ; x] (R3).
+
+    Not compiled, or where the block or a part of it has hooks, it is called as a module, so that what depends on calls
+    (FSDP, checkpointing) works; a block of timm's, which takes no prefix, is so without one.
+    """
+    if compiled and not materialises() and not transformed() and all(map(_untouched, block.modules())):
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             return _COMPILED_BLOCK(block, x, prefix)
+    if prefix is None:
+        return block(x)
+    return block(x, prefix) if getattr(block, "reads_prefix", False) else read_prefix(block, x, prefix)
+
+
+def read_prefix(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
+    """The rows of x [B, N, D] of a ViT block over [prefix ; x], by its parts; those of the prefix are not computed."""
+    if materialises():  # as released: the prefix goes through and is dropped
+        return block(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
     return _block(block, x, prefix)
 
 
@@ -104,10 +115,6 @@ def _untouched(module: nn.Module) -> bool:
     return not any(getattr(module, kind) for kind in hooks) and "forward" not in vars(module)
 
 
-def _called_as_is(block: nn.Module) -> bool:
-    return all(map(_untouched, block.modules()))
-
-
 def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, compiled):
     if fusion_block is None:
         blocks = ((image_block, x_image), (audio_block, x_audio))
@@ -119,23 +126,14 @@ def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, c
             if traced:
                 return _fused(*blocks, x_image, x_audio, x_fusion, None)
             if torch.is_grad_enabled():
-                _FOLDED.pop(fusion_block, None)
                 return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, None)
             folded = _folded(*blocks, x_image)
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                rows = x_image.shape[0] * (x_image.shape[1] + x_audio.shape[1])
-                if rows <= FEW_ROWS:
-                    return _on_two_streams(*blocks, x_image, x_audio, x_fusion, folded)
+            if _beside and x_image.is_cuda and len(x_image) * (x_image.shape[1] + x_audio.shape[1]) <= FEW_ROWS:
+                return _on_two_streams(*blocks, x_image, x_audio, x_fusion, folded)
             return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, folded)
     # In the order in which the authors draw random numbers.
-    next_image = _call(image_block, x_image, x_fusion)
-    next_audio = _call(audio_block, x_audio, x_fusion)
+    next_image, next_audio = run_block(image_block, x_image, x_fusion), run_block(audio_block, x_audio, x_fusion)
     return next_image, next_audio, fusion_block(x_fusion, x_image, x_audio)
-
-
-def _call(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
-    """As a module, so that what hooks onto its calls (FSDP, checkpointing) works, where it can be called with a prefix."""
-    return block(x, prefix) if getattr(block, "reads_prefix", False) else run_block(block, x, prefix)
 
 
 # A unimodal block in two steps: what attention reads, and what comes of it.
@@ -259,6 +257,20 @@ def _on_two_streams(image_block, audio_block, fusion_block, x_image, x_audio, x_
     return next_image, next_audio, next_fusion
 
 
+_beside = False
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """While a graph is made: layers of few tokens run their fusion branch on a stream of its own."""
+    global _beside
+    previous, _beside = _beside, True
+    try:
+        yield
+    finally:
+        _beside = previous
+
+
 _SIDE_STREAMS: dict[torch.device, object] = {}
 
 
@@ -271,46 +283,47 @@ def _side_stream(device: torch.device):
 class _Kept:
     """The folds of one layer, and what they were made of."""
 
-    def __init__(self, sources: list[Tensor], folded: tuple[_Folded, _Folded], dtype: torch.dtype):
-        # Detached: the memory stays what it is, even if a parameter is given another, so that addresses tell them apart.
+    def __init__(self, sources: list[Tensor], folded: tuple[_Folded, _Folded]):
+        # Detached: the memory stays where it is, even if a parameter is given another; addresses tell them apart.
         self.sources, self.aliases = sources, [source.detach() for source in sources]
-        self.state, self.folded, self.dtype = _state(sources), folded, dtype
+        self.state, self.folded = _state(sources), folded
 
 
 def _state(sources: list[Tensor]) -> list[tuple[int, int]]:
     return [(source.data_ptr(), source._version) for source in sources]
 
 
-# fusion block -> what is kept of its layer. Weak, and no part of any module: copies of a model share nothing.
-_FOLDED: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+# fusion block -> dtype -> what is kept of its layer. Weak, and no part of any module: copies of a model share nothing.
+_FOLDED: WeakKeyDictionary[nn.Module, dict[torch.dtype, _Kept]] = WeakKeyDictionary()
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
-def _folded(image_block, audio_block, fusion_block, x: Tensor) -> tuple[_Folded, _Folded]:
+def _folded(image_block, audio_block, fusion_block, x: Tensor) -> tuple[_Folded, _Folded] | None:
     """The folds of a layer for inference: kept until a parameter is another one, or has been written to.
 
-    A parameter that has been written to is folded into the same memory, which CUDA graphs have recorded.
+    A parameter that has been written to is folded into the same memory, which CUDA graphs have recorded. None for
+    parameters of inference mode, which do not say that they have been written to.
     """
-    sources = _sources(image_block, audio_block, fusion_block)
+    blocks = image_block, audio_block, fusion_block
+    sources = _sources(*blocks)
+    if any(source.is_inference() for source in sources):
+        return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else sources[0].dtype
-    kept = _FOLDED.get(fusion_block)
-    same = kept is not None and kept.dtype == dtype and len(kept.sources) == len(sources) and all(
-        a is b for a, b in zip(kept.sources, sources, strict=True)
-    )  # fmt: skip
-    state = _state(sources)
+    kept, state = _FOLDED.setdefault(fusion_block, {}).get(dtype), _state(sources)
+    same = kept is not None and all(a is b for a, b in zip(kept.sources, sources, strict=True))
     if same and kept.state == state:
         return kept.folded
-    made = _folds(image_block, audio_block, fusion_block)
-    made = tuple(_Folded(*(t if t is None else t.to(dtype) for t in part)) for part in made)
-    if same and [p for p, _ in kept.state] == [p for p, _ in state]:
+    made = tuple(_Folded(*(t if t is None else t.to(dtype) for t in part)) for part in _folds(*blocks))
+    if same and [address for address, _ in kept.state] == [address for address, _ in state]:
         for old, new in zip(kept.folded, made, strict=True):
             for a, b in zip(old, new, strict=True):
                 if a is not None:
                     a.copy_(b)
         kept.state = state
     else:
-        kept = _FOLDED[fusion_block] = _Kept(sources, made, dtype)
+        kept = _FOLDED[fusion_block][dtype] = _Kept(sources, made)
     return kept.folded
 
 

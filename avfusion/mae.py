@@ -20,6 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+import avfkernels
 from avfusion.model import Block, DeepAVFusion, sincos_position_embedding, take
 
 EPS = 1e-6  # of the variance of a target patch
@@ -178,10 +179,11 @@ class AVMAE(nn.Module):
         visible, fusion = x.shape[1], x_fusion.shape[1]
         positions = take(positions.expand(len(ids), -1, -1), ids)
         x = torch.cat((embed(x_fusion), embed(x) + positions[:, :visible], mask_token + positions[:, visible:]), dim=1)
+        compiled = bool(self.encoder.compiled) and torch.is_grad_enabled()
         for block in blocks[:-1]:
-            x = block(x)
+            x = avfkernels.run_block(block, x, compiled=compiled)
         wanted = fusion if predict else fusion + visible
-        x = pred(norm(blocks[-1](x[:, wanted:], prefix=x[:, :wanted])))
+        x = pred(norm(avfkernels.run_block(blocks[-1], x[:, wanted:], x[:, :wanted], compiled=compiled)))
         return (take(x, ids.argsort(dim=1)), x[:, visible:]) if predict else (None, x)
 
     def _loss(self, name: str, pred: Tensor, x: Tensor, ids: Tensor) -> Tensor:

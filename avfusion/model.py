@@ -147,7 +147,7 @@ class Block(vision_transformer.Block):
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
         """x [B, N, D], prefix [B, P, D] -> the rows of x of the block over [prefix ; x]."""
-        return avfkernels.run_block(self, x, prefix)
+        return super().forward(x) if prefix is None else avfkernels.read_prefix(self, x, prefix)
 
 
 class ViT(nn.Module):
@@ -190,7 +190,10 @@ class DeepAVFusion(nn.Module):
         nn.init.normal_(self.fusion_tokens, std=0.02)
         self.fusion_blocks = nn.ModuleDict({str(i): self._fusion_block() for i in config.layers_with_fusion})
         self.fusion_norm = nn.LayerNorm(config.dim)  # eps 1e-5, unlike the ViTs
-        self.compiled = False
+        # By torch.compile and CUDA graphs: None without gradients, on CUDA, once 200 clips of a shape have been seen;
+        # True always, in training and on CPUs too; False never.
+        self.compiled: bool | None = None
+        self._captured = avfkernels.Captured()
 
     def _fusion_block(self) -> nn.Module:
         c = self.config
@@ -224,11 +227,20 @@ class DeepAVFusion(nn.Module):
 
         Raises ValueError, naming the argument, if a shape is not the configured one.
         """
+        inputs = [x for x in (image, audio, image_ids_keep, audio_ids_keep) if x is not None]
+        if return_embs or self.compiled is False or len(inputs) == 3:
+            return self._forward(image, audio, image_ids_keep, audio_ids_keep, return_embs=return_embs)
+        return self._captured(self, self._forward, *inputs, after=0 if self.compiled else None)
+
+    def _forward(
+        self, image, audio, image_ids_keep=None, audio_ids_keep=None, *, return_embs: bool = False, compiled=False
+    ):
         x_image, x_audio, x_fusion = self._embed(image, audio, image_ids_keep, audio_ids_keep)
-        fusion_blocks = [self.fusion_blocks[str(i)] if str(i) in self.fusion_blocks else None for i in range(self.config.depth)]
+        fusion_blocks = dict(self.fusion_blocks.items())
+        fusion_blocks = [fusion_blocks.get(str(layer)) for layer in range(self.config.depth)]
         x_image, x_audio, x_fusion, embs = avfkernels.early_fusion(
             self.image.blocks, self.audio.blocks, fusion_blocks, x_image, x_audio, x_fusion,
-            compiled=self.compiled, return_embs=return_embs,
+            compiled=compiled or bool(self.compiled), return_embs=return_embs,
         )  # fmt: skip
         out = self.image.norm(x_image), self.audio.norm(x_audio), self.fusion_norm(x_fusion)
         return (*out, embs) if return_embs else out
@@ -264,31 +276,24 @@ class DeepAVFusion(nn.Module):
 
     @torch.no_grad()
     def graphed(self, *batch: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """The forward pass at the shapes of this batch, recorded as a CUDA graph: what the kernels take and no more.
+        """The forward pass at the shapes of this batch, compiled and recorded as a CUDA graph now, in evaluation mode.
 
         Takes what `forward` takes: image and audio and, if masked, the ids of the visible patches. Returns run(*batch)
-        -> x_image, x_audio, x_fusion for further batches of these shapes, without gradients. It runs the weights where
-        they are now: load and move before. Raises ValueError for other shapes, RuntimeError where there is no CUDA.
+        -> x_image, x_audio, x_fusion for further batches of these shapes, without gradients. Raises ValueError for
+        other shapes, RuntimeError where there is no CUDA.
         """
         if not batch[0].is_cuda:
             found = "" if torch.cuda.is_available() else "; torch finds none"
             raise RuntimeError(f"graphed: CUDA graphs need the model and the batch on a CUDA device{found}")
-        inputs = [x.clone() for x in batch]
-        with torch.cuda.device(batch[0].device):
-            self(*inputs)  # what is tuned or allocated once, in the first pass, is not for the graph
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = self(*inputs)
+        expected, captured = [list(x.shape) for x in batch], avfkernels.Captured()
 
+        @torch.no_grad()
         def run(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            shapes, expected = ([list(x.shape) for x in tensors] for tensors in (batch, inputs))
-            if shapes != expected:
+            if (shapes := [list(x.shape) for x in batch]) != expected:
                 raise ValueError(f"graphed: recorded for a batch of the shapes {expected}, got {shapes}")
-            for buffer, x in zip(inputs, batch, strict=True):
-                buffer.copy_(x)
-            graph.replay()
-            return tuple(x.clone() for x in outputs)
+            return captured(self, self._forward, *batch, after=0)
 
+        run(*batch)
         return run
 
     def embed(self, clip) -> dict[str, Tensor]:

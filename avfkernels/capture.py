@@ -1,0 +1,174 @@
+"""Inference of an encoder, compiled and recorded as CUDA graphs once a shape is worth it.
+
+A forward pass of this model is hundreds of small kernels, and a GPU waits for Python between them. A CUDA graph is all
+of them by one call. It has fixed shapes and addresses, so that this is about when it may be used: a batch of another
+size is padded, and a model that has changed is recorded anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from avfkernels import layer
+from avfkernels.choice import forced, transformed
+from avfkernels.ops.common import autocast_enabled
+
+WARM_UP = 3  # passes before recording: libraries choose their kernels and allocate in the first
+CLIPS = 200  # samples of one shape after which compiling, half a minute or less, pays
+GRAPHS = 4  # shapes that are recorded; each keeps the memory of its activations
+
+
+def pays(device: torch.device) -> bool:
+    """Whether compiling and recording pays on a kind of device: on GPUs; a CPU does not wait for Python."""
+    return device.type == "cuda"
+
+
+def record(function: Callable[[], tuple[Tensor, ...]], pool=None) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Records what `function` does on the GPU: its outputs, and what runs it again and fills these outputs anew.
+
+    It runs on a stream of its own from the first pass on: a node of autograd's graph belongs to the stream it was made
+    on, and one that is alive from a pass on another stream cannot be recorded.
+    """
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function()
+    current.wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: a thread of a loader, which pins memory, is none of its business.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        outputs = function()
+    return outputs, graph.replay
+
+
+class Snapshot:
+    """What a recorded model was: its modules, their hooks and modes, its tensors, where they lie and their versions."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = [(m, m.training, (m._forward_hooks, m._forward_pre_hooks)) for m in model.modules()]
+        self.held = [
+            (owner, name, value)
+            for m in model.modules() for owner in (m._parameters, m._buffers, m._modules)
+            for name, value in owner.items() if value is not None
+        ]  # fmt: skip
+        self.tensors = [value for _, _, value in self.held if isinstance(value, Tensor)]
+        self.pointers = self.addresses()
+        self.versions = self.written()
+
+    def addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.tensors]
+
+    def written(self) -> list[int]:
+        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+
+    def same(self) -> bool:
+        """Whether the same modules, called in the same way, hold the same tensors in the same places."""
+        return (
+            all(owner.get(name) is value for owner, name, value in self.held)
+            and all(m.training == mode and not any(hooks) for m, mode, hooks in self.modules)
+            and self.addresses() == self.pointers
+        )
+
+
+class Captured:
+    """Calls of `function(*tensors, compiled=...)` -> tensors, a forward pass of `model`: as it is, compiled, recorded.
+
+    A call is recorded without gradients, on a GPU, once `after` samples (200 by default) of its shapes have been seen;
+    until then, and where no batch of these shapes or up to twice as large is recorded, it runs as it is. Weights that
+    are written to, by an optimizer or `load_state_dict`, count from the next call on; what is written through
+    `Tensor.data` is hidden from PyTorch and from this. A failure to compile or record is reported once, and all runs as
+    it is from then on.
+    """
+
+    def __init__(self):
+        self.failure = None
+        self.seen: dict[tuple, int] = {}
+        self.graphs: dict[tuple, _Graph] = {}
+
+    def __reduce__(self):  # copies and files hold no graphs
+        return Captured, ()
+
+    def __call__(
+        self, model: nn.Module, function: Callable, *tensors: Tensor, after: int | None = None
+    ) -> tuple[Tensor, ...]:
+        if not self._may(model, tensors):
+            return function(*tensors, compiled=False)
+        batch, key = tensors[0].shape[0], _key(tensors)
+        sizes = sorted(size for size, *rest in self.graphs if tuple(rest) == key and batch <= size <= 2 * batch)
+        if not sizes:
+            name = (batch, *key)
+            self.seen[name] = self.seen.get(name, 0) + batch
+            if self.seen[name] < (CLIPS if after is None else after) or len(self.graphs) >= GRAPHS:
+                return function(*tensors, compiled=False)
+            try:
+                self.graphs[name] = _Graph(model, function, tensors)
+            except Exception as error:  # whatever compilers and drivers raise
+                self.failure = error
+                torch.cuda.synchronize() if torch.cuda.is_available() else None
+                warnings.warn(f"{type(model).__name__} runs uncompiled: {type(error).__name__}: {error}", stacklevel=2)
+                return function(*tensors, compiled=False)
+            sizes = [batch]
+        outputs = self.graphs[(sizes[0], *key)](tensors)
+        if outputs is None:  # another model than was recorded
+            self.graphs.clear()
+            return function(*tensors, compiled=False)
+        return outputs
+
+    def _may(self, model: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
+        return (
+            self.failure is None
+            and pays(tensors[0].device)
+            and not (torch.is_grad_enabled() or model.training or forced() or torch.compiler.is_compiling())
+            and not transformed()
+            and tensors[0].shape[0] > 0
+            and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+        )
+
+
+def _key(tensors: tuple[Tensor, ...]) -> tuple:
+    device = tensors[0].device
+    autocast = torch.get_autocast_dtype(device.type) if autocast_enabled(device.type) else None
+    return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in tensors), autocast, torch.is_inference_mode_enabled()
+
+
+class _Graph:
+    def __init__(self, model: nn.Module, function: Callable, tensors: tuple[Tensor, ...]):
+        self.snapshot = Snapshot(model)
+        if any(tensor.is_inference() for tensor in self.snapshot.tensors):
+            raise RuntimeError("its parameters, made in inference mode, do not say when they are written to")
+        if not self.snapshot.same():
+            raise RuntimeError("it has hooks, which a recorded pass would not call")
+        self.inputs = [x.clone() for x in tensors]
+        self.function = function
+        with layer.beside(), _no_autocast_cache(tensors[0].device):
+            self.outputs, self.replay = record(self._run)
+
+    def _run(self) -> tuple[Tensor, ...]:
+        return self.function(*self.inputs, compiled=True)
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self.snapshot.same():
+            return None
+        batch = tensors[0].shape[0]
+        for buffer, x in zip(self.inputs, tensors, strict=True):
+            buffer[:batch].copy_(x)
+        if self.snapshot.written() != self.snapshot.versions:
+            self.snapshot.versions = self.snapshot.written()
+            outputs = self._run()  # folds what is kept of the weights anew, where it is
+            return tuple(x[:batch] for x in outputs)
+        self.replay()
+        return tuple(x[:batch].clone() for x in self.outputs)
+
+
+def _no_autocast_cache(device: torch.device):
+    """Autocast as it is, without its cache: what a graph has recorded must not be freed when the context ends."""
+    if not autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False)
