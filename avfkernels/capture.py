@@ -1,4 +1,4 @@
-"""Inference of an encoder, compiled and recorded as CUDA graphs once a shape is worth it.
+"""An encoder compiled, and in inference recorded as CUDA graphs, once a shape is worth it.
 
 A forward pass of this model is hundreds of small kernels, and a GPU waits for Python between them. A CUDA graph is all
 of them by one call. It has fixed shapes and addresses, so that this is about when it may be used: a batch of another
@@ -80,17 +80,18 @@ class Snapshot:
 class Captured:
     """Calls of `function(*tensors, compiled=...)` -> tensors, a forward pass of `model`: as it is, compiled, recorded.
 
-    A call is recorded without gradients, on a GPU, once `after` samples (200 by default) of its shapes have been seen;
-    until then, and where no batch of these shapes or up to twice as large is recorded, it runs as it is. Weights that
-    are written to, by an optimizer or `load_state_dict`, count from the next call on; what is written through
-    `Tensor.data` is hidden from PyTorch and from this. A failure to compile or record is reported once, and all runs as
-    it is from then on.
+    On a GPU, once `after` samples (200 by default) of its shapes have been seen, a call is compiled, and recorded if it
+    is without gradients and the model in evaluation mode; until then it runs as it is. A batch that is no less than
+    half of one that is recorded is padded, and not recorded itself. Weights that are written to, by an optimizer or
+    `load_state_dict`, count from the next call on; what is written through `Tensor.data` is hidden from PyTorch and
+    from this. A failure to compile or record is reported once, and all runs as it is from then on.
     """
 
     def __init__(self):
-        self.failure = None
+        self.failure: Exception | None = None
         self.seen: dict[tuple, int] = {}
         self.graphs: dict[tuple, _Graph] = {}
+        self.trained: set[tuple] = set()
 
     def __reduce__(self):  # copies and files hold no graphs
         return Captured, ()
@@ -98,37 +99,46 @@ class Captured:
     def __call__(
         self, model: nn.Module, function: Callable, *tensors: Tensor, after: int | None = None
     ) -> tuple[Tensor, ...]:
-        if not self._may(model, tensors):
+        if not self._may(tensors):
             return function(*tensors, compiled=False)
         batch, key = tensors[0].shape[0], _key(tensors)
-        sizes = sorted(size for size, *rest in self.graphs if tuple(rest) == key and batch <= size <= 2 * batch)
-        if not sizes:
-            name = (batch, *key)
+        name = batch, *key
+        recorded = not torch.is_grad_enabled() and not model.training
+        if recorded:
+            sizes = [size for size, *rest in self.graphs if tuple(rest) == key and batch <= size <= 2 * batch]
+            name = (min(sizes), *key) if sizes else name
+        if name not in (self.graphs if recorded else self.trained):
             self.seen[name] = self.seen.get(name, 0) + batch
-            if self.seen[name] < (CLIPS if after is None else after) or len(self.graphs) >= GRAPHS:
+            full = recorded and len(self.graphs) >= GRAPHS
+            if full or self.seen[name] < (CLIPS if after is None else after):
                 return function(*tensors, compiled=False)
             try:
+                if not recorded:
+                    outputs = function(*tensors, compiled=True)
+                    self.trained.add(name)
+                    return outputs
                 self.graphs[name] = _Graph(model, function, tensors)
             except Exception as error:  # whatever compilers and drivers raise
                 self.failure = error
-                torch.cuda.synchronize() if torch.cuda.is_available() else None
                 warnings.warn(f"{type(model).__name__} runs uncompiled: {type(error).__name__}: {error}", stacklevel=2)
                 return function(*tensors, compiled=False)
-            sizes = [batch]
-        outputs = self.graphs[(sizes[0], *key)](tensors)
+        if not recorded:
+            return function(*tensors, compiled=True)
+        outputs = self.graphs[name](tensors)
         if outputs is None:  # another model than was recorded
             self.graphs.clear()
             return function(*tensors, compiled=False)
         return outputs
 
-    def _may(self, model: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
+    def _may(self, tensors: tuple[Tensor, ...]) -> bool:
+        device = tensors[0].device
         return (
-            self.failure is None
-            and pays(tensors[0].device)
-            and not (torch.is_grad_enabled() or model.training or forced() or torch.compiler.is_compiling())
-            and not transformed()
+            not torch.compiler.is_compiling()
+            and self.failure is None
+            and pays(device)
+            and not (forced() or transformed())
             and tensors[0].shape[0] > 0
-            and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+            and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         )
 
 

@@ -6,17 +6,16 @@ Nothing of theirs is imported: an encoder is recognised by its attributes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import partial
-from types import MethodType
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from avfkernels.capture import Captured
+from avfkernels.layer import early_fusion
 from avfkernels.modules import DenseFusion, FactorizedFusion, FusionBlock, TokenFusion, _Attention
-from avfkernels.ops.linear import split_linear
 
+ARGUMENTS = ("image", "audio", "image_ids_keep", "audio_ids_keep", "return_embs")  # of the encoder's forward
 ENCODER = ("image", "audio", "fusion_tokens", "fusion_blocks", "fusion_norm")
 VIT = ("patch_embed", "pos_embed", "blocks", "norm", "prepare_patch_tokens")
 VIT_BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")  # of timm, as is its attention
@@ -25,7 +24,7 @@ FUSION_BLOCK = ("norm1_mm", "norm1_aud", "norm1_img", "attn", "drop_path", "norm
 FUSION_ATTENTION = ("num_heads", "scale", "q", "attn_drop", "proj", "proj_drop")
 
 
-def accelerate(model: nn.Module) -> Callable[[], None]:
+def accelerate(model: nn.Module, *, compile: bool = True) -> Restore:
     """Makes a DeepAVFusion model of the authors' release fast, in place and exactly; returns what undoes it.
 
         restore = avfkernels.accelerate(model)
@@ -35,6 +34,11 @@ def accelerate(model: nn.Module) -> Callable[[], None]:
     MLPs, and the encoder's `forward` to one in which the unimodal blocks read the fusion tokens and do not update them
     (R3). Parameters, their order and state-dict keys stay: optimizers and checkpoints keep working. Outputs and
     gradients are those of before up to rounding. With dropout they are so in distribution: it is drawn for fewer rows.
+
+    On a GPU the layers are compiled, and recorded as CUDA graphs in inference, once 200 clips of a shape have been seen
+    (`Captured`; half a minute or less, once). Until then, and with `compile=False`, only dense interactions are
+    rewritten there: the other two are bound by launches, of which the rewrites have more. `restore.report` says, for
+    each layer, what runs.
 
     In layers with fusion, the unimodal blocks and their attention, the fusion blocks and theirs, and the projections
     whose parts are applied apart (`qkv`, and `kv`, `k`, `v` of interactions) are not called as modules any more. So
@@ -61,66 +65,78 @@ def accelerate(model: nn.Module) -> Callable[[], None]:
     ]
     for blocks, i, _, ours in exchanged:
         blocks[i] = ours
-    for encoder in encoders.values():
-        encoder.forward = partial(_forward, encoder)  # and no method, which could not be unpickled
+    return Restore(encoders, exchanged, compile)
 
-    def restore() -> None:
-        for blocks, i, theirs, ours in exchanged:
+
+class Restore:
+    """Undoes `accelerate` when called. `report`: layer -> what runs there, and why."""
+
+    def __init__(self, encoders: dict[str, nn.Module], exchanged: list, compile: bool):
+        self.encoders, self.exchanged, self.captured = encoders, exchanged, {}
+        for name, encoder in encoders.items():
+            theirs = {i: block for blocks, i, block, _ in exchanged if blocks is encoder.fusion_blocks}
+            self.captured[name] = Captured() if compile else None
+            # No method, which could not be unpickled.
+            encoder.forward = partial(_forward, encoder, theirs, self.captured[name])
+
+    def __call__(self) -> None:
+        for blocks, i, theirs, ours in self.exchanged:
             blocks[i] = theirs.train(ours.training)
-        for encoder in encoders.values():
+        for encoder in self.encoders.values():
             del encoder.forward
 
-    return restore
+    @property
+    def report(self) -> dict[str, str]:
+        found = {}
+        for name, encoder in self.encoders.items():
+            captured = self.captured[name]
+            why = "compile=False" if captured is None else captured.failure
+            for i, block in enumerate(encoder.fusion_blocks):
+                path = f"{name}.fusion_blocks.{i}".lstrip(".")
+                if block is None:
+                    found[path] = "no fusion in this layer: as released"
+                    continue
+                rewrites = "R1, R2, R3" if isinstance(block, FactorizedFusion) else "R1, R3"
+                rewrites = "R3" if isinstance(block, TokenFusion) else rewrites
+                found[path] = f"{type(block).__name__}: {rewrites}"
+                if not isinstance(block, DenseFusion):
+                    alone = "before 200 clips of a shape" if why is None else f"uncompiled ({why})"
+                    found[path] += f"; on a GPU, {alone}, left alone as released, which has fewer launches"
+        return found
 
 
-def _forward(self, image, audio, image_ids_keep=None, audio_ids_keep=None, return_embs=False):
+def _forward(self, theirs, captured, image, audio, image_ids_keep=None, audio_ids_keep=None, return_embs=False):
     """The authors' encoder: image, audio and fusion tokens after their norms (, and a list of them for every layer)."""
+    inputs = [x for x in (image, audio, image_ids_keep, audio_ids_keep) if x is not None]
+    run = partial(_layers, self, theirs)
+    if captured is None or return_embs or len(inputs) == 3:
+        return run(image, audio, image_ids_keep, audio_ids_keep, return_embs=return_embs)
+    return captured(self, run, *inputs)
+
+
+def _layers(self, theirs, image, audio, image_ids_keep=None, audio_ids_keep=None, *, compiled=False, return_embs=False):
     x_image = self.image.prepare_patch_tokens(image, image_ids_keep)
     x_audio = self.audio.prepare_patch_tokens(audio, audio_ids_keep)
     x_fusion = self.fusion_tokens.expand(image.shape[0], -1, -1)
-    embs = []
-    for image_block, audio_block, fusion_block in zip(
-        self.image.blocks, self.audio.blocks, self.fusion_blocks, strict=False
-    ):
-        if fusion_block is None:
-            x_image, x_audio = image_block(x_image), audio_block(x_audio)
-        else:
-            x_image, x_audio, x_fusion = (  # in the order in which the authors draw random numbers
-                _read_prefix(image_block, x_image, x_fusion),
-                _read_prefix(audio_block, x_audio, x_fusion),
-                fusion_block(x_fusion, x_image, x_audio),
-            )
-        if return_embs:
-            embs.append((x_image, x_audio, x_fusion))
+    depth = min(map(len, (self.image.blocks, self.audio.blocks, self.fusion_blocks)))
+    blocks = [list(blocks)[:depth] for blocks in (self.image.blocks, self.audio.blocks, self.fusion_blocks)]
+    dense = any(isinstance(block, DenseFusion) for block in blocks[2])
+    if x_image.is_cuda and not (compiled or dense or torch.compiler.is_compiling()):
+        blocks[2] = [theirs[i].train(block.training) if block else None for i, block in enumerate(blocks[2])]
+    x_image, x_audio, x_fusion, embs = early_fusion(
+        *blocks, x_image, x_audio, x_fusion, compiled=compiled, return_embs=return_embs
+    )
     out = self.image.norm(x_image), self.audio.norm(x_audio), self.fusion_norm(x_fusion)
     return (*out, embs) if return_embs else out
-
-
-def _read_prefix(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
-    """The rows of x of a timm block over [prefix ; x]; those of the prefix are not computed."""
-    x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(x), block.norm1(prefix))))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
-def _attend(attn: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
-    """timm's self-attention with queries from x, keys and values from [prefix ; x]."""
-    width = attn.proj.in_features
-    joined = torch.cat((prefix, x), dim=1)
-    q, kv = split_linear((x, joined), attn.qkv.weight, attn.qkv.bias, sizes=(width, 2 * width))
-    q = q.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = kv.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    dropout_p = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout_p, scale=attn.scale)
-    return attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
 
 
 def _fusion_blocks(name: str, encoder: nn.Module) -> list[tuple[int, nn.Module, FusionBlock]]:
     """Layer, their block and ours, for an encoder that is built as expected."""
     if "forward" in vars(encoder):
         raise ValueError(f"accelerate: {name}.forward has been replaced already; restore it first")
-    expected, found = (list(inspect.signature(f).parameters) for f in (MethodType(_forward, encoder), encoder.forward))
-    if found != expected:
-        raise ValueError(f"accelerate: {name}.forward takes {', '.join(found)}; expected {', '.join(expected)}")
+    found = tuple(inspect.signature(encoder.forward).parameters)
+    if found != ARGUMENTS:
+        raise ValueError(f"accelerate: {name}.forward takes {', '.join(found)}; expected {', '.join(ARGUMENTS)}")
     for branch in ("image", "audio"):
         vit = getattr(encoder, branch)
         _require(f"{name}.{branch}", vit, VIT)

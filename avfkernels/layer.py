@@ -45,7 +45,8 @@ def early_fusion(
 
     Args:
         image_blocks, audio_blocks: timm's ViT blocks or modules with their attributes, one a layer.
-        fusion_blocks: `TokenFusion`, `DenseFusion`, `FactorizedFusion`, or None for a layer without fusion.
+        fusion_blocks: `TokenFusion`, `DenseFusion`, `FactorizedFusion`, or None for a layer without fusion. A layer with
+            any other block runs as released, fusion tokens through the unimodal blocks.
         x_image [B, n_v, D], x_audio [B, n_a, D], x_fusion [B, F, D].
         compiled: by torch.compile, once for all layers alike. Layers that `why_plain` names run as they are.
 
@@ -79,9 +80,12 @@ def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, comp
 
 def read_prefix(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
     """The rows of x [B, N, D] of a ViT block over [prefix ; x], by its parts; those of the prefix are not computed."""
-    if materialises():  # as released: the prefix goes through and is dropped
-        return block(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
-    return _block(block, x, prefix)
+    return _released(block, x, prefix) if materialises() else _block(block, x, prefix)
+
+
+def _released(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
+    """The prefix goes through the block and is dropped."""
+    return block(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
 
 
 def why_plain(image_block: nn.Module, audio_block: nn.Module, fusion_block: nn.Module) -> str | None:
@@ -131,8 +135,9 @@ def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, c
             if _beside and x_image.is_cuda and len(x_image) * (x_image.shape[1] + x_audio.shape[1]) <= FEW_ROWS:
                 return _on_two_streams(*blocks, x_image, x_audio, x_fusion, folded)
             return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, folded)
-    # In the order in which the authors draw random numbers.
-    next_image, next_audio = run_block(image_block, x_image, x_fusion), run_block(audio_block, x_audio, x_fusion)
+    # A fusion block that is not ours is in a layer that is to be as it was. Random numbers are drawn in its order.
+    read = run_block if isinstance(fusion_block, FusionBlock) else _released
+    next_image, next_audio = read(image_block, x_image, x_fusion), read(audio_block, x_audio, x_fusion)
     return next_image, next_audio, fusion_block(x_fusion, x_image, x_audio)
 
 
