@@ -45,8 +45,8 @@ def early_fusion(
 
     Args:
         image_blocks, audio_blocks: timm's ViT blocks or modules with their attributes, one a layer.
-        fusion_blocks: `TokenFusion`, `DenseFusion`, `FactorizedFusion`, or None for a layer without fusion. A layer with
-            any other block runs as released, fusion tokens through the unimodal blocks.
+        fusion_blocks: `TokenFusion`, `DenseFusion`, `FactorizedFusion`, or None for a layer without fusion. With any
+            other block a layer runs as released, fusion tokens through the unimodal blocks.
         x_image [B, n_v, D], x_audio [B, n_a, D], x_fusion [B, F, D].
         compiled: by torch.compile, once for all layers alike. Layers that `why_plain` names run as they are.
 

@@ -53,12 +53,6 @@ def part_ops(rows: Rows) -> None:
         measure_op(
             rows, "latent_attention", tensors, ways, {"shape": [batch, M, N, D], "batch": batch, "dtype": "bfloat16"}
         )
-        P, H, d = (2, 2, 16) if TOY else (16, 12, 64)
-        tensors = [torch.randn(batch, n, H, d, device=DEVICE, dtype=HALF).transpose(1, 2).requires_grad_()
-                   for n in (N, N, N, P, P)]  # fmt: skip
-        ways = {"eager": partial(avfkernels.prefix_attention, scale=0.125)}
-        shape = [batch, H, N, P, d]
-        measure_op(rows, "prefix_attention", tensors, ways, {"shape": shape, "batch": batch, "dtype": "bfloat16"})
 
 
 def measure_op(rows: Rows, op: str, tensors: list, ways: dict[str, Callable], what: dict) -> None:

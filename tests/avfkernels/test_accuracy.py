@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import avfkernels
-from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels import latent_attention, pair_attention
 from avfkernels.native import why_unavailable
 from avfkernels.ops.common import pair_mask
 from avfkernels.ops.dropout import pair_dropout
@@ -161,25 +161,6 @@ def test_latent_attention(draw, B, M, N, D, masked):
     mask = draw.mask(B, N) if masked else None
     function = partial(latent_attention, scale=D**-0.5, mask=mask, return_lse=True)
     check(function, lambda q, x: (q, x, x), tensors, D**-0.5, mask, None)
-
-
-@SETTINGS
-@given(
-    draw=draws, B=st.integers(1, 3), H=st.integers(1, 3), N=sizes, K=sizes, P=sizes, d=widths, dv=widths,
-    masked=st.booleans(), return_lse=st.booleans(),
-)  # fmt: skip
-def test_prefix_attention(draw, B, H, N, K, P, d, dv, masked, return_lse):
-    tensors = [draw(B, H, n, w) for n, w in ((N, d), (K, d), (K, dv), (P, d), (P, dv))]
-    mask = draw.mask(B, P + K) if masked else None
-
-    def function(*tensors):
-        out = prefix_attention(*tensors, scale=d**-0.5, mask=mask, return_lse=return_lse)
-        return out if return_lse else (out,)
-
-    def joined(q, k, v, k_prefix, v_prefix):
-        return q, torch.cat((k_prefix, k), 2), torch.cat((v_prefix, v), 2)
-
-    check(function, joined, tensors, d**-0.5, mask, None)
 
 
 @SETTINGS

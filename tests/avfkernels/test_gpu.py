@@ -9,7 +9,7 @@ from oracle import assert_accurate, pair_inputs, plain_pair_attention
 from torch.library import opcheck
 
 import avfkernels
-from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels import latent_attention, pair_attention
 from avfkernels.ops import pair
 from avfkernels.ops.pair_plain import Pairs
 
@@ -142,34 +142,20 @@ def test_small_shapes_for_the_sanitizer(backend, shape):
     torch.cuda.synchronize()
 
 
-def other_inputs(op, dtype):
+def latent_inputs(dtype):
     g = torch.Generator().manual_seed(0)
-    if op is latent_attention:
-        shapes = [(2, 96, 768), (2, 196, 768)]
-    else:
-        shapes = [(2, 4, 49, 64), (2, 4, 49, 64), (2, 4, 49, 64), (2, 4, 16, 64), (2, 4, 16, 64)]
-    return [torch.randn(shape, generator=g).to("cuda", dtype).requires_grad_() for shape in shapes]
-
-
-def plain_other(op, tensors, scale):
-    if op is latent_attention:
-        q, x = tensors
-        return (q @ x.transpose(-2, -1) * scale).softmax(-1) @ x
-    q, k, v, k_prefix, v_prefix = tensors
-    k, v = torch.cat((k_prefix, k), 2), torch.cat((v_prefix, v), 2)
-    return (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
+    return [torch.randn(2, n, 768, generator=g).to("cuda", dtype).requires_grad_() for n in (96, 196)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", [latent_attention, prefix_attention])
-def test_the_other_ops_are_as_accurate(op, dtype):
-    tensors = other_inputs(op, dtype)
+def test_latent_attention_is_as_accurate(dtype):
+    tensors = latent_inputs(dtype)
     doubles = [t.detach().double().requires_grad_() for t in tensors]
-    scale = tensors[0].shape[-1] ** -0.5
+    scale = 768**-0.5
     with avfkernels.backend("reference"):
-        exact = op(*doubles, scale=scale)
-    out = op(*tensors, scale=scale)
-    plain = plain_other(op, tensors, scale)
+        exact = latent_attention(*doubles, scale=scale)
+    out, (q, x) = latent_attention(*tensors, scale=scale), tensors
+    plain = (q @ x.transpose(-2, -1) * scale).softmax(-1) @ x
     assert_accurate(out, exact, plain, "out")
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).cuda().to(dtype)
     grads = [
@@ -331,14 +317,14 @@ def test_autocast_and_an_expanded_gradient(backend):
     assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
 
 
-def other(op, tensors):
-    """out, lse and gradients of latent or prefix attention.
+def latent_results(tensors):
+    """out, lse and gradients of latent attention.
 
     Detached: a graph that is alive keeps its AccumulateGrad nodes, and those the stream they were made on. Where two
     gradients of one leaf are added (x is keys and values), autograd does it on that stream: captured, the legacy stream
     would wait for the capture, which CUDA refuses.
     """
-    out, lse = op(*tensors, scale=tensors[0].shape[-1] ** -0.5, return_lse=True)
+    out, lse = latent_attention(*tensors, scale=tensors[0].shape[-1] ** -0.5, return_lse=True)
     grads = torch.autograd.grad(out.float().sin().sum() + lse.sin().sum(), tensors)
     return (out.detach(), lse.detach(), *grads)
 
@@ -347,29 +333,25 @@ def same_bits(got, expected):
     return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-each_other_op = pytest.mark.parametrize("op", [latent_attention, prefix_attention])
-
-
-@each_other_op
-def test_the_other_ops_in_graphs_streams_and_on_another_device(op):
-    tensors, changed = other_inputs(op, torch.bfloat16), other_inputs(op, torch.bfloat16)
+def test_latent_attention_in_graphs_streams_and_on_another_device():
+    tensors, changed = latent_inputs(torch.bfloat16), latent_inputs(torch.bfloat16)
     with torch.no_grad():
         for tensor in changed:
             tensor.mul_(0.5)
-    expected = [other(op, given) for given in (tensors, changed)]
+    expected = [latent_results(given) for given in (tensors, changed)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for _ in range(10):
         results = []
         for stream, given in zip(streams, (tensors, changed), strict=True):
             with torch.cuda.stream(stream):
-                results.append(other(op, given))
+                results.append(latent_results(given))
         torch.cuda.synchronize()
         assert all(same_bits(*pair) for pair in zip(results, expected, strict=True))
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = other(op, tensors)
+        captured = latent_results(tensors)
     with torch.no_grad():
         for tensor, new in zip(tensors, changed, strict=True):
             tensor.copy_(new)
@@ -378,19 +360,18 @@ def test_the_other_ops_in_graphs_streams_and_on_another_device(op):
     assert same_bits(captured, expected[1])
 
     if torch.cuda.device_count() > 1:
-        there = other(op, [t.detach().to("cuda:1").requires_grad_() for t in changed])
+        there = latent_results([t.detach().to("cuda:1").requires_grad_() for t in changed])
         for got, here in zip(there, expected[1], strict=True):
             torch.testing.assert_close(got.cpu(), here.cpu())
 
 
-@each_other_op
-def test_the_other_ops_compile_whole_with_dynamic_shapes(op):
+def test_latent_attention_compiles_whole_with_dynamic_shapes():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *t: op(*t, scale=0.1), fullgraph=True, dynamic=True)
-    tensors = other_inputs(op, torch.bfloat16)
+    compiled = torch.compile(lambda *t: latent_attention(*t, scale=0.1), fullgraph=True, dynamic=True)
+    tensors = latent_inputs(torch.bfloat16)
     shorter = [t[..., : t.shape[-2] - 9, :].detach().clone().requires_grad_() for t in tensors]
     for given in (tensors, shorter):
-        out, expected = compiled(*given), op(*given, scale=0.1)
+        out, expected = compiled(*given), latent_attention(*given, scale=0.1)
         torch.testing.assert_close(out, expected, rtol=1.6e-2, atol=1e-2)
         grads = [torch.autograd.grad(x.float().sin().sum(), given) for x in (out, expected)]
         torch.testing.assert_close(*grads, rtol=3e-2, atol=3e-2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracle import assert_accurate, pair_inputs
 
 import avfkernels
-from avfkernels import latent_attention, merge_attention, pair_attention, prefix_attention
+from avfkernels import latent_attention, merge_attention, pair_attention
 from avfkernels.native import why_unavailable
 
 needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
@@ -38,20 +38,11 @@ def test_pairs_in_two_pieces_are_all_pairs(interaction, side, cut, logit, masked
     assert_same(merged, piece(slice(0, 9)))
 
 
-def test_latent_and_prefix_attention_in_two_pieces_are_the_whole():
+def test_latent_attention_in_two_pieces_are_the_whole():
     g = torch.Generator().manual_seed(0)
     q, x = (torch.randn(2, n, 8, generator=g, dtype=torch.float64) for n in (3, 11))
     pieces = [latent_attention(q, part, scale=0.3, return_lse=True) for part in (x[:, :4], x[:, 4:])]
     assert_same(merge_attention(*pieces[0], *pieces[1]), latent_attention(q, x, scale=0.3, return_lse=True))
-
-    q, k, v, k_prefix, v_prefix = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64) for n in (6, 7, 7, 4, 4))
-    none = k[:, :, :0]
-    pieces = [
-        prefix_attention(q, k, v, none, none, scale=0.3, return_lse=True),
-        prefix_attention(q, none, none, k_prefix, v_prefix, scale=0.3, return_lse=True),
-    ]
-    whole = prefix_attention(q, k, v, k_prefix, v_prefix, scale=0.3, return_lse=True)
-    assert_same(merge_attention(*pieces[0], *pieces[1]), whole)
 
 
 def test_merging_is_associative():

@@ -102,7 +102,8 @@ def test_r2_is_taken_where_latents_times_heads_are_fewer_than_features(latents, 
     attention = modules.LatentCrossAttention(64, 4, True, 0.0, 0.0)
     calls, run = [], modules.absorbed_attention
     monkeypatch.setattr(modules, "absorbed_attention", lambda *a: calls.append(1) or run(*a))
-    attention(torch.randn(1, latents, 64), torch.randn(1, 5, 64))
+    tokens = modules.Tokens(torch.randn(1, 5, 64), attention.kv.weight, attention.kv.bias)
+    attention(torch.randn(1, latents, 64), tokens)
     assert bool(calls) == absorbed
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracle import assert_accurate, in_double, pair_inputs, plain_attention
 
 import avfkernels
-from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels import latent_attention, pair_attention
 from avfkernels.native import why_unavailable
 from avfkernels.ops import pair_plain
 
@@ -171,35 +171,22 @@ def test_latent_attention_equals_the_reference(B, M, N, D, mask, logit, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_latent_and_prefix_attention_are_as_accurate_as_the_plain_formula(dtype):
+def test_latent_attention_is_as_accurate_as_the_plain_formula(dtype):
     g = torch.Generator().manual_seed(0)
     q, x = (torch.randn(2, n, 64, generator=g).to(dtype).requires_grad_() for n in (24, 50))
 
-    def plain_latent(q, x):
-        return plain_attention(q, x, x, scale=0.125)[0]
-
-    heads = [torch.randn(2, 3, n, 16, generator=g).to(dtype).requires_grad_() for n in (20, 20, 20, 5, 5)]
-
-    def plain_prefix(q, k, v, k_prefix, v_prefix):
-        return plain_attention(q, torch.cat((k_prefix, k), 2), torch.cat((v_prefix, v), 2), scale=0.25)[0]
-
-    for op, plain, tensors, scale in (
-        (latent_attention, plain_latent, [q, x], 0.125),
-        (prefix_attention, plain_prefix, heads, 0.25),
-    ):
-        exact, doubles = in_double(lambda *t, op=op, scale=scale: op(*t, scale=scale), *tensors)
-        with avfkernels.backend("eager"):
-            out = op(*tensors, scale=scale)
-        expected = plain(*tensors)
-        assert_accurate(out, exact, expected, op.__name__)
-        upstream = torch.randn(out.shape, generator=g)
-        for grad, exact_grad, plain_grad in zip(
-            torch.autograd.grad(out, tensors, upstream.to(dtype)),
-            torch.autograd.grad(exact, doubles, upstream.double()),
-            torch.autograd.grad(expected, tensors, upstream.to(dtype)),
-            strict=True,
-        ):
-            assert_accurate(grad, exact_grad, plain_grad, f"gradient of {op.__name__}")
+    exact, doubles = in_double(lambda *t: latent_attention(*t, scale=0.125), q, x)
+    with avfkernels.backend("eager"):
+        out = latent_attention(q, x, scale=0.125)
+    plain = plain_attention(q, x, x, scale=0.125)[0]
+    assert_accurate(out, exact, plain, "out")
+    upstream = torch.randn(out.shape, generator=g)
+    grads = [
+        torch.autograd.grad(y, given, upstream.to(y.dtype))
+        for y, given in ((out, [q, x]), (exact, doubles), (plain, [q, x]))
+    ]
+    for name, *triple in zip("qx", *grads, strict=True):
+        assert_accurate(*triple, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -214,27 +201,6 @@ def test_latent_attention_without_tokens_is_zero(backend):
     assert bool(lse[1].isfinite().all())
     assert torch.equal(nothing, torch.zeros(2, 3, 8))
     assert bool((nothing_lse == float("-inf")).all())
-
-
-@SETTINGS
-@given(
-    B=st.integers(1, 2), H=st.integers(1, 3), N=sizes, K=sizes, P=st.sampled_from([0, 1, 5, 32]), d=widths, dv=widths
-)
-def test_prefix_attention_equals_concatenation_r3(B, H, N, K, P, d, dv):
-    g = torch.Generator().manual_seed(N)
-    q, k, v, k_prefix, v_prefix = (
-        torch.randn(B, H, n, w, generator=g) for n, w in ((N, d), (K, d), (K, dv), (P, d), (P, dv))
-    )
-    exact, _ = in_double(lambda *t: prefix_attention(*t, scale=d**-0.5), q, k, v, k_prefix, v_prefix)
-    out = prefix_attention(q, k, v, k_prefix, v_prefix, scale=d**-0.5)
-    plain, _ = plain_attention(q, torch.cat((k_prefix, k), 2), torch.cat((v_prefix, v), 2), scale=d**-0.5)
-    assert_accurate(out, exact, plain, times=3, roundings=4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_prefix_attention_without_keys_is_zero(dtype):
-    q, none = torch.randn(1, 2, 3, 4, dtype=dtype), torch.empty(1, 2, 0, 4, dtype=dtype)
-    assert torch.equal(prefix_attention(q, none, none, none, none, scale=1.0), torch.zeros_like(q))
 
 
 def pair_arguments(**changes):
@@ -269,11 +235,8 @@ def test_pair_attention_names_the_bad_argument(changes, error, message):
         pair_attention(**pair_arguments(**changes))
 
 
-def test_latent_and_prefix_attention_name_the_bad_argument():
+def test_latent_attention_names_the_bad_argument():
     with pytest.raises(ValueError, match=r"x must have shape \[B N D\] with D = 8 as in q"):
         latent_attention(torch.zeros(1, 2, 8), torch.zeros(1, 2, 9), scale=1.0)
     with pytest.raises(ValueError, match="mask must have shape"):
         latent_attention(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8), scale=1.0, mask=torch.ones(1, 3, dtype=torch.bool))
-    x = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(ValueError, match=r"v_prefix .* P = 3 as in k_prefix"):
-        prefix_attention(x, x, x, x, x[:, :, :2], scale=1.0)

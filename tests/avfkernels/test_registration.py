@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from oracle import assert_accurate, pair_inputs
+from oracle import pair_inputs
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import avfkernels
-from avfkernels import latent_attention, pair_attention, prefix_attention
+from avfkernels import latent_attention, pair_attention
 from avfkernels.native import why_unavailable
 
 needs_native = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
@@ -19,17 +19,11 @@ def latent_inputs(dtype=torch.float64, grad=False):
     return [torch.randn(2, n, 6, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for n in (3, 5)]
 
 
-def prefix_inputs(dtype=torch.float64, grad=False):
-    g = torch.Generator().manual_seed(0)
-    shapes = [(2, 7, 3, 4), (2, 7, 5, 4), (2, 7, 5, 6), (2, 7, 8, 4), (2, 7, 8, 6)]
-    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad) for shape in shapes]
-
-
 def small_pair_inputs(dtype=torch.float64, grad=False):
     return pair_inputs(2, 3, 9, 4, 5, 6, 7, dtype, grad=grad)
 
 
-OPS = [(pair_attention, small_pair_inputs), (latent_attention, latent_inputs), (prefix_attention, prefix_inputs)]
+OPS = [(pair_attention, small_pair_inputs), (latent_attention, latent_inputs)]
 
 
 @needs_native
@@ -168,7 +162,6 @@ def test_vmap_and_functional_gradients():
     [
         (small_pair_inputs, lambda *t: pair_attention(*t, scale=0.5)),
         (small_pair_inputs, lambda *t: pair_attention(*t, scale=0.5, interaction="product")),
-        (prefix_inputs, lambda *t: prefix_attention(*t, scale=0.5)),
         (latent_inputs, lambda *t: latent_attention(*t, scale=0.5)),
     ],
 )
@@ -226,14 +219,10 @@ def test_bug_what_hidden_tokens_hold_reached_results_as_0_times_nan(backend, dty
     assert not hidden.any()
 
 
-def test_hidden_tokens_of_latent_and_prefix_attention_may_be_nan():
+def test_hidden_tokens_of_latent_attention_may_be_nan():
     x = torch.randn(2, 5, 8)
     keep = torch.arange(5).expand(2, 5) < 3
     dirty = x.masked_fill(~keep[..., None], float("nan"))
     torch.testing.assert_close(
         latent_attention(x, dirty, scale=1.0, mask=keep), latent_attention(x, x[:, :3], scale=1.0)
     )
-    heads, dirty = x[:, None], dirty[:, None]
-    got = prefix_attention(heads, dirty, dirty, heads, heads, scale=1.0, mask=torch.cat((keep | True, keep), 1))
-    torch.testing.assert_close(got, prefix_attention(heads, *[heads[:, :, :3]] * 2, heads, heads, scale=1.0))
-    assert_accurate(got, got.double(), got)
