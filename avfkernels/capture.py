@@ -48,11 +48,15 @@ def record(function: Callable[[], tuple[Tensor, ...]], pool=None) -> tuple[tuple
     return outputs, graph.replay
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class Snapshot:
-    """What a recorded model was: its modules, their hooks and modes, its tensors, where they lie and their versions."""
+    """What a recorded model was: its modules and their modes, without hooks; its tensors, and where they lie."""
 
     def __init__(self, model: nn.Module):
-        self.modules = [(m, m.training, (m._forward_hooks, m._forward_pre_hooks)) for m in model.modules()]
+        self.modules = [(m, m.training) for m in model.modules()]
         self.held = [
             (owner, name, value)
             for m in model.modules() for owner in (m._parameters, m._buffers, m._modules)
@@ -60,19 +64,15 @@ class Snapshot:
         ]  # fmt: skip
         self.tensors = [value for _, _, value in self.held if isinstance(value, Tensor)]
         self.pointers = self.addresses()
-        self.versions = self.written()
 
     def addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.tensors]
-
-    def written(self) -> list[int]:
-        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
 
     def same(self) -> bool:
         """Whether the same modules, called in the same way, hold the same tensors in the same places."""
         return (
             all(owner.get(name) is value for owner, name, value in self.held)
-            and all(m.training == mode and not any(hooks) for m, mode, hooks in self.modules)
+            and all(m.training == mode and not _hooked(m) for m, mode in self.modules)
             and self.addresses() == self.pointers
         )
 
@@ -83,8 +83,8 @@ class Captured:
     On a GPU, once `after` samples (200 by default) of its shapes have been seen, a call is compiled, and recorded if it
     is without gradients and the model in evaluation mode; until then it runs as it is. A batch that is no less than
     half of one that is recorded is padded, and not recorded itself. Weights that are written to, by an optimizer or
-    `load_state_dict`, count from the next call on; what is written through `Tensor.data` is hidden from PyTorch and
-    from this. A failure to compile or record is reported once, and all runs as it is from then on.
+    `load_state_dict`, count from the next call on; what is written through `Tensor.data` is hidden from PyTorch, and
+    needs a call of `weights_changed`. A failure to compile or record is reported once; from then on all runs as it is.
     """
 
     def __init__(self):
@@ -109,7 +109,7 @@ class Captured:
             name = (min(sizes), *key) if sizes else name
         if name not in (self.graphs if recorded else self.trained):
             self.seen[name] = self.seen.get(name, 0) + batch
-            full = recorded and len(self.graphs) >= GRAPHS
+            full = recorded and (len(self.graphs) >= GRAPHS or any(map(_hooked, model.modules())))
             if full or self.seen[name] < (CLIPS if after is None else after):
                 return function(*tensors, compiled=False)
             try:
@@ -153,8 +153,7 @@ class _Graph:
         self.snapshot = Snapshot(model)
         if any(tensor.is_inference() for tensor in self.snapshot.tensors):
             raise RuntimeError("its parameters, made in inference mode, do not say when they are written to")
-        if not self.snapshot.same():
-            raise RuntimeError("it has hooks, which a recorded pass would not call")
+        self.versions = layer.versions(self.snapshot.tensors)
         self.inputs = [x.clone() for x in tensors]
         self.function = function
         with layer.beside(), _no_autocast_cache(tensors[0].device):
@@ -169,8 +168,9 @@ class _Graph:
         batch = tensors[0].shape[0]
         for buffer, x in zip(self.inputs, tensors, strict=True):
             buffer[:batch].copy_(x)
-        if self.snapshot.written() != self.snapshot.versions:
-            self.snapshot.versions = self.snapshot.written()
+        versions = layer.versions(self.snapshot.tensors)
+        if versions != self.versions:
+            self.versions = versions
             outputs = self._run()  # folds what is kept of the weights anew, where it is
             return tuple(x[:batch] for x in outputs)
         self.replay()

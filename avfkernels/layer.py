@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import is_
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from avfkernels.choice import materialises, transformed
 from avfkernels.modules import FusionBlock, Tokens
@@ -285,17 +287,38 @@ def _side_stream(device: torch.device):
     return _SIDE_STREAMS[device]
 
 
+_written = 0
+
+
+def weights_changed(*_) -> None:
+    """Says that weights may have been written to where PyTorch does not see it, as through `Tensor.data`.
+
+    What is kept of weights for inference is made anew. Steps of optimizers say so themselves (the fused ones write past
+    the counters of their parameters), and writes in place are seen.
+    """
+    global _written
+    _written += 1
+
+
+register_optimizer_step_post_hook(weights_changed)
+
+
 class _Kept:
     """The folds of one layer, and what they were made of."""
 
     def __init__(self, sources: list[Tensor], folded: tuple[_Folded, _Folded]):
         # Detached: the memory stays where it is, even if a parameter is given another; addresses tell them apart.
         self.sources, self.aliases = sources, [source.detach() for source in sources]
-        self.state, self.folded = _state(sources), folded
+        self.addresses, self.versions, self.folded = _addresses(sources), versions(sources), folded
 
 
-def _state(sources: list[Tensor]) -> list[tuple[int, int]]:
-    return [(source.data_ptr(), source._version) for source in sources]
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """Changes whenever one of the tensors is written to."""
+    return [_written, *(tensor._version for tensor in tensors)]
 
 
 # fusion block -> dtype -> what is kept of its layer. Weak, and no part of any module: copies of a model share nothing.
@@ -316,17 +339,17 @@ def _folded(image_block, audio_block, fusion_block, x: Tensor) -> tuple[_Folded,
         return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else sources[0].dtype
-    kept, state = _FOLDED.setdefault(fusion_block, {}).get(dtype), _state(sources)
-    same = kept is not None and all(a is b for a, b in zip(kept.sources, sources, strict=True))
-    if same and kept.state == state:
+    kept = _FOLDED.setdefault(fusion_block, {}).get(dtype)
+    same = kept and all(map(is_, kept.sources, sources)) and kept.addresses == _addresses(sources)
+    if same and kept.versions == versions(sources):
         return kept.folded
     made = tuple(_Folded(*(t if t is None else t.to(dtype) for t in part)) for part in _folds(*blocks))
-    if same and [address for address, _ in kept.state] == [address for address, _ in state]:
+    if same:
         for old, new in zip(kept.folded, made, strict=True):
             for a, b in zip(old, new, strict=True):
                 if a is not None:
                     a.copy_(b)
-        kept.state = state
+        kept.versions = versions(sources)
     else:
         kept = _FOLDED[fusion_block][dtype] = _Kept(sources, made)
     return kept.folded
