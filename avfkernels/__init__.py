@@ -13,7 +13,7 @@ with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothi
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch  # noqa: F401
 
-from avfkernels.capture import Captured
+from avfkernels.capture import CLIPS, Captured, pays
 from avfkernels.choice import backend, materialises
 from avfkernels.convert import accelerate
 from avfkernels.layer import early_fusion, read_prefix, run_block, weights_changed
@@ -29,6 +29,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "unknown"
 
 __all__ = [
+    "CLIPS",
     "Captured",
     "DenseFusion",
     "FactorizedFusion",
@@ -40,6 +41,7 @@ __all__ = [
     "materialises",
     "merge_attention",
     "pair_attention",
+    "pays",
     "read_prefix",
     "run_block",
     "split_linear",

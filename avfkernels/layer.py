@@ -35,8 +35,9 @@ from avfkernels.ops.linear import split_linear
 
 # Rows of patch tokens below which a layer leaves a GPU idle, so that the fusion branch runs beside the others.
 FEW_ROWS = 8192
-# Of a compiled function, for modalities, masks, dtypes, batches. Past it torch.compile would be an error (fullgraph).
-RECOMPILE_LIMIT = 64
+# A function may be compiled for many modalities, masks, dtypes and batches; past the limit would be an error. A layer
+# is too small to be split for DDP's buckets.
+DYNAMO = {"recompile_limit": 64, "optimize_ddp": False}
 
 
 def early_fusion(
@@ -57,7 +58,7 @@ def early_fusion(
     embs = []
     if compiled:  # an expanded parameter would be a layout, and a compilation, of its own
         x_fusion = x_fusion.contiguous()
-    limit = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT) if compiled else nullcontext()
+    limit = torch._dynamo.config.patch(**DYNAMO) if compiled else nullcontext()
     with limit:
         for blocks in zip(image_blocks, audio_blocks, fusion_blocks, strict=True):
             x_image, x_audio, x_fusion = _layer(*blocks, x_image, x_audio, x_fusion, compiled)
@@ -73,7 +74,7 @@ def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, comp
     (FSDP, checkpointing) works; a block of timm's, which takes no prefix, is so without one.
     """
     if compiled and not materialises() and not transformed() and all(map(_untouched, block.modules())):
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        with torch._dynamo.config.patch(**DYNAMO):
             return _COMPILED_BLOCK(block, x, prefix)
     if prefix is None:
         return block(x)

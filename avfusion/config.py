@@ -46,8 +46,7 @@ class TrainConfig:
 
     # machine
     mixed_precision: str = setting("no", "bf16: compute in bfloat16 where it is safe", choices=("no", "bf16"))
-    compile: str = setting("no", "torch.compile; reduce-overhead uses CUDA graphs",
-                           choices=("no", "default", "reduce-overhead", "max-autotune"))  # fmt: skip
+    compile: bool | None = setting(None, "torch.compile and CUDA graphs (default: on a GPU, for 200 clips or more)")
     gradient_checkpointing: bool = setting(False, "compute the blocks' activations again instead of keeping them")
     fsdp: bool = setting(False, "shard weights and optimizer state over the processes")
     peak_tflops: float = setting(0.0, "dense peak of a device at this precision, for MFU (default: by its name)")
@@ -65,6 +64,8 @@ class TrainConfig:
             value = getattr(self, item.name)
             if isinstance(item.default, tuple):
                 object.__setattr__(self, item.name, tuple(value))  # lists come back from JSON
+            if item.name == "compile" and isinstance(value, str):  # the modes of older runs
+                object.__setattr__(self, item.name, value != "no")
             choices = item.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{item.name}={value!r}: expected one of {', '.join(choices)}")
@@ -127,10 +128,10 @@ def add_settings(parser: argparse.ArgumentParser, cls: type[TrainConfig]) -> Non
     for item in fields(cls):
         flag, default = f"--{item.name.replace('_', '-')}", item.default
         text, choices = item.metadata["help"], item.metadata.get("choices")
-        if default not in ("", False, MISSING) and not (default == 0 and "(default" in text):
+        if default not in ("", False, None, MISSING) and not (default == 0 and "(default" in text):
             text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
         common = {"help": text, "default": argparse.SUPPRESS}
-        if isinstance(default, bool):
+        if isinstance(default, bool | None):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif isinstance(default, tuple):
             group.add_argument(flag, type=type(default[0]), nargs=len(default), metavar="N", **common)

@@ -97,5 +97,9 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float, epoch: float, epochs: 
     lr *= rate(epoch, epochs, warmup)
     for group in optimizer.param_groups:
         share = rise(epoch, epochs) if group.get("pretrained") else 1.0
-        group["lr"] = lr * share * group.get("lr_scale", 1.0)
+        wanted = lr * share * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):  # a CUDA graph reads it where it is
+            group["lr"].fill_(wanted)
+        else:
+            group["lr"] = wanted
     return lr

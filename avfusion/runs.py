@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from avfusion.tasks.task import Task
 
 NAMED = 8  # clips that an error message names
+# Of an optimizer's groups: how this process computes, and no part of a run.
+HOW = ("lr", "fused", "foreach", "capturable", "differentiable", "maximize")
 
 
 @dataclass
@@ -176,12 +178,18 @@ def load_checkpoint(
     try:
         weights = load_file(path / "model.safetensors")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        own = [{key: group[key] for key in HOW if key in group} for group in optimizer.param_groups]
         set_state_dict(
             model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )  # fmt: skip
     except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: cannot be resumed ({error}); remove it to go on from the one before") from error
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group |= options
+    for moments in optimizer.state.values():
+        if isinstance(moments.get("step"), torch.Tensor):
+            moments["step"] = moments["step"].cpu()
     loader.load_state_dict(state["loader"])
     if accelerator.process_index < len(state["generators"]):
         own = state["generators"][accelerator.process_index]

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from contextlib import ContextDecorator, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -19,9 +20,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -40,7 +40,8 @@ from avfusion.runs import (
     save_checkpoint,
     write_run,
 )
-from avfusion.tasks.task import Task, autocast, spread
+from avfusion.step import RecordedStep, Step
+from avfusion.tasks.task import Task, spread
 
 # Dense peak in bfloat16, TFLOP/s, by what the device calls itself.
 PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "4090": 165}
@@ -123,8 +124,10 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
     if sharded:
         shard(model)
     optimizer = task.optimizer(model)
-    if config.compile != "no":
-        model.compile(mode=None if config.compile == "default" else config.compile)
+    # FSDP and checkpointing depend on calls of the blocks, which the compiled layer does not make.
+    compiles = config.compile is not False and not (sharded or config.gradient_checkpointing)
+    pays = avfkernels.pays(device) and total * config.batch_size >= avfkernels.CLIPS
+    model.encoder.compiled = compiles and bool(config.compile or pays)
     trained = model if sharded else accelerator.prepare_model(model)  # DDP where there are several processes
 
     step, bad = 0, 0
@@ -148,7 +151,45 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
     peak = (config.peak_tflops or _peak(device, dtype)) * 1e12 * ranks
     bar = tqdm(total=total, initial=step, unit="step", disable=not (main and sys.stderr.isatty()))
 
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    def synchronise(micro: int):
+        """Gradients are exchanged with the last part of a step."""
+        last = micro == config.accumulation - 1
+        if sharded:
+            model.set_requires_gradient_sync(last)
+        return nullcontext() if last or sharded else accelerator.no_sync(trained)
+
+    def reduce(facts):
+        return accelerator.reduce(torch.cat((facts, facts.new_tensor([SIGTERM.received]))), "mean")
+
+    recorded = compiles and pays and ranks == 1 and isinstance(optimizer, torch.optim.AdamW)
+    common = {"device": device, "dtype": dtype, "parts": config.accumulation}
+    taking = (
+        RecordedStep(partial(task.losses, trained), model, optimizer, **common)
+        if recorded
+        else Step(partial(task.losses, trained), model, optimizer, synchronise=synchronise, reduce=reduce, **common)
+    )
+    pending = deque()  # of a recorded step the host reads losses one step late
+
+    def settle(left: int) -> None:
+        """Read what steps have found until only the last `left` are unread; note those that were not taken."""
+        nonlocal bad, losses, norm, stopping
+        while len(pending) > left:
+            number, clips, read = pending.popleft()
+            *losses, norm, stopping = (*read(), SIGTERM.received) if taking.on_device else read()
+            if all(map(math.isfinite, (*losses, norm))):
+                bad = 0
+                taken.append(losses)
+                continue
+            bad += 1
+            values = {f"loss_{name}": loss for name, loss in zip(taking.names, losses, strict=True)}
+            values["gradient_norm"] = norm
+            names = note_skipped(out, number, values, source, clips, main=main)
+            if bad == config.max_bad_steps:
+                raise RunError(
+                    f"step {number}, in epoch {number // steps}: {values}, the {bad}. step in a row that is not "
+                    f"finite. Its clips: {', '.join(names[:NAMED])}{' ...' if len(names) > NAMED else ''} (all are in "
+                    f"{out / 'skipped.jsonl'}). The last good checkpoint: {latest_checkpoint(out)}"
+                )
 
     def due() -> bool:
         epoch, rest = divmod(step, steps)
@@ -168,53 +209,23 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
 
     if due() and not (last and curve.has(step)):  # at the beginning, and where SIGTERM came in an epoch's last step
         evaluate()
-    clock, counted = time.perf_counter(), step
+    clock, counted, losses, norm, stopping = time.perf_counter(), step, [], 0.0, False
     for epoch in range(step // steps, config.epochs):
         batches, taken = iter(loader), []
         for _ in range(steps - step % steps):
             lr = config.blr * config.batch_size / 256
             lr = set_rate(optimizer, lr, step / steps, config.epochs, config.warmup_epochs)
-            losses, clips, running = 0, [], [[x.clone() for x in norm.buffers()] for norm in norms]
+            clips = []
             for micro in range(config.accumulation):
                 batch = next(batches)
                 clips += batch.index.tolist()
-                batch = batch._replace(**{name: x.to(device, non_blocking=True) for name, x in batch._asdict().items()
-                                          if x is not None and name != "index"})  # fmt: skip
-                synchronised = micro == config.accumulation - 1
-                if sharded:
-                    model.set_requires_gradient_sync(synchronised)
-                with nullcontext() if synchronised or sharded else accelerator.no_sync(trained):
-                    with autocast(device, dtype):
-                        parts = task.losses(trained, batch, epoch)
-                    (sum(parts.values()) / config.accumulation).backward()
-                losses += torch.stack([loss.detach() for loss in parts.values()]) / config.accumulation
-
-            # The one place where the host waits for the device: whether to take the step must be known.
-            norm = total_norm(model)
-            facts = torch.stack([*losses, norm, norm.new_tensor(SIGTERM.received)])
-            *losses, norm, stopping = accelerator.reduce(facts, "mean").tolist()
-            if all(map(math.isfinite, (*losses, norm))):
-                optimizer.step()
-                bad = 0
-                taken.append(losses)
-            else:
-                bad += 1
-                for module, before in zip(norms, running, strict=True):  # the forward pass has updated them
-                    for buffer, value in zip(module.buffers(), before, strict=True):
-                        buffer.copy_(value)
-                values = {f"loss_{name}": loss for name, loss in zip(parts, losses, strict=True)}
-                values["gradient_norm"] = norm
-                names = note_skipped(out, step, values, source, clips, main=main)
-            optimizer.zero_grad(set_to_none=True)
+                taking.part(task.prepare(batch, epoch, device), micro)
+            pending.append((step, clips, taking.update()))
             step += 1
             if step % steps == 0:
                 loader.epoch, loader.consumed = epoch + 1, 0  # what is left is less than a batch
-            if bad == config.max_bad_steps:
-                raise RunError(
-                    f"step {step - 1}, in epoch {epoch}: {values}, the {bad}. step in a row that is not finite. Its "
-                    f"clips: {', '.join(names[:NAMED])}{' ...' if len(names) > NAMED else ''} (all are in "
-                    f"{out / 'skipped.jsonl'}). The last good checkpoint: {latest_checkpoint(out)}"
-                )
+            due_now = SIGTERM.received or not step % config.log_steps or not step % (config.save_steps or steps)
+            settle(left=int(taking.on_device and not due_now and step % steps != 0))
 
             if step % config.log_steps == 0 or step == total:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -222,9 +233,9 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
                          "TFLOP/s": (step - counted) * flop / seconds / 1e12}  # fmt: skip
                 speed |= {"MFU": speed["TFLOP/s"] * 1e12 / peak} if peak else {}
                 counted = step
-                values = {f"loss/{name}": loss for name, loss in zip(parts, losses, strict=True)}
+                values = {f"loss/{name}": loss for name, loss in zip(taking.names, losses, strict=True)}
                 accelerator.log(values | {"gradient norm": norm, "lr": lr} | speed, step=step)
-                bar.set_postfix({name: f"{loss:.3f}" for name, loss in zip(parts, losses, strict=True)}
+                bar.set_postfix({name: f"{loss:.3f}" for name, loss in zip(taking.names, losses, strict=True)}
                                 | {name: f"{value:.3g}" for name, value in speed.items()}, refresh=False)  # fmt: skip
             bar.update()
             if stopping:
@@ -239,8 +250,8 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
             evaluate()
             clock, counted = time.perf_counter(), step
         save(step, bad)
-        means = torch.tensor(taken).mean(0).tolist() if taken else [math.nan] * len(parts)
-        text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(parts, means, strict=True))
+        means = torch.tensor(taken).mean(0).tolist() if taken else [math.nan] * len(taking.names)
+        text = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(taking.names, means, strict=True))
         accelerator.print(f"epoch {epoch + 1}/{config.epochs}: loss {text}")
     _finish(accelerator, bar)
     return True
@@ -279,12 +290,6 @@ def whole(model: nn.Module, task: Task, sharded: bool) -> nn.Module:
     copy = task.build().to(next(iter(weights.values())).device)
     copy.load_state_dict(weights)
     return copy
-
-
-def total_norm(model: nn.Module) -> Tensor:
-    """The 2-norm of all gradients together, over all processes if they are sharded."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _peak(device: torch.device, dtype: torch.dtype) -> float:

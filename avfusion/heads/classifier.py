@@ -50,7 +50,9 @@ class Classifier(nn.Module):
         With `average`, their mean [B, C]: what the release trains on and predicts by.
         """
         logits = []
-        for name, x in zip(MODALITIES, self.encoder(image, audio), strict=True):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            features = self.encoder(image, audio)
+        for name, x in zip(MODALITIES, features, strict=True):
             pooled = x.mean(1)
             if self.freeze_encoder:
                 pooled = getattr(self, f"{name}_norm")(pooled)

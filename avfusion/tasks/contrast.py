@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from avfusion.clips import Clip
-from avfusion.data.loader import Batch, ClipLoader, Source
+from avfusion.data.loader import ClipLoader, Source
 from avfusion.heads.contrast import Contrast, info_nce, similarity
 from avfusion.heads.localization import attention_map, center_prior, similarity_map
 from avfusion.metrics.localization import consensus_iou, consensus_map, localization_scores
@@ -50,8 +50,8 @@ class Contrastive(Downstream):
     def build(self, *, weights: bool = False) -> Contrast:
         return Contrast(self.build_encoder(weights=weights), self.config.contrast_dim)
 
-    def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        patches, sound = model(*self.inputs(batch, batch.image.device))
+    def losses(self, model: nn.Module, image: Tensor, audio: Tensor) -> dict[str, Tensor]:
+        patches, sound = model(image, audio)
         # Own pictures with the sounds of all processes, and then the rows of all: [clips of the step, the same].
         alike = joined(similarity(patches.float(), joined(sound.float())))
         return {"contrast": info_nce(alike, self.config.temperature)}

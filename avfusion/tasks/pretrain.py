@@ -39,10 +39,13 @@ class Pretrain(Task):
         started = [f"encoder.{name}." for name in ("image", "audio") if getattr(self.config, f"{name}_weights")]
         return adamw(model, weight_decay=self.config.weight_decay, betas=self.config.betas, pretrained=started)
 
-    def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        image, audio = self.inputs(batch, batch.image.device)
-        noise = (x.to(image.device, non_blocking=True) for x in self.mask_noise(epoch, batch.index))
-        loss_image, loss_audio, *_ = model(image, audio, *noise, predict=False)
+    def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Image, spectrogram and the noise that decides masks."""
+        noise = (x.to(device, non_blocking=True) for x in self.mask_noise(epoch, batch.index))
+        return *self.inputs(batch, device), *noise
+
+    def losses(self, model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+        loss_image, loss_audio, *_ = model(*inputs, predict=False)
         return {"image": loss_image, "audio": loss_audio}
 
     def outputs(self, model: AVMAE, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:

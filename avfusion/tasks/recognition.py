@@ -33,14 +33,17 @@ class Recognition(Downstream):
         if batch.labels is not None:
             return batch.labels, False
         if (batch.label < 0).any():
-            row = batch.index[(batch.label < 0).cpu()][0].item()
+            row = batch.index[batch.label < 0][0].item()
             raise ValueError(f"row {row} of the training data has no label")
         return F.one_hot(batch.label, len(self.classes)).to(batch.image.dtype), True
 
-    def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
+    def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Image, spectrogram, targets [B, C], and whether each clip has exactly one label."""
         target, single = self.targets(batch)
-        image, audio = self.inputs(batch, batch.image.device)
-        image, audio, target = self.mix(image, audio, target, batch.index, epoch, single)
+        target = target.to(device, non_blocking=True)
+        return *self.mix(*self.inputs(batch, device), target, batch.index, epoch, single), single
+
+    def losses(self, model: nn.Module, image: Tensor, audio: Tensor, target: Tensor, single: bool) -> dict[str, Tensor]:
         logits = model(image, audio, average=True).float()
         if single:
             return {"class": F.cross_entropy(logits, target)}

@@ -94,8 +94,11 @@ class Segment(Downstream):
         truth = pixels[:, 3].long()
         return pixels[:, :3], audio, truth if self.config.semantic else (truth > 0).long()
 
-    def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        image, audio, truth = self.split(batch, batch.image.device)
+    def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, spectrogram and truth."""
+        return self.split(batch, device)
+
+    def losses(self, model: nn.Module, image: Tensor, audio: Tensor, truth: Tensor) -> dict[str, Tensor]:
         return {"mask": segmentation_loss(model(image, audio).float(), truth)}
 
     @torch.no_grad()

@@ -106,10 +106,13 @@ class Separate(Downstream):
         mixture = sources.sum(1, keepdim=True).expand_as(sources)
         return image, sources.reshape(-1, 1, sources.shape[-1]), mixture.reshape(-1, 1, sources.shape[-1])
 
-    def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        image, sources, mixture = self.mixed(batch, batch.image.device)
+    def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Images of the sources, spectrograms of their mixtures, and the shares that the sources have of these."""
+        image, sources, mixture = self.mixed(batch, device)
         spectra, mel = self.mel(sources), self.mel(mixture)
-        target = ratio_masks(spectra.unflatten(0, (-1, SOURCES))).flatten(0, 1)
+        return image, mel, ratio_masks(spectra.unflatten(0, (-1, SOURCES))).flatten(0, 1)
+
+    def losses(self, model: nn.Module, image: Tensor, mel: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"mask": separation_loss(model(image, mel).float(), target, mel)}
 
     @torch.no_grad()

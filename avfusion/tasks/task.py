@@ -54,9 +54,19 @@ class Task(ABC):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """With groups for `set_rate`."""
 
+    def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple:
+        """What `losses` takes, on the device, from a batch of the loader; with all that the host draws or decides.
+
+        Of the same shapes for every batch of a run; what is no tensor is the same.
+        """
+        return self.inputs(batch, device)
+
     @abstractmethod
-    def losses(self, model: nn.Module, batch: Batch, epoch: int) -> dict[str, Tensor]:
-        """Scalars by name; their sum is minimised. `batch` and `model` are on the device; `model` may be wrapped."""
+    def losses(self, model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+        """Scalars by name; their sum is minimised. `model` may be wrapped.
+
+        On a GPU this is recorded as a CUDA graph: nothing in it may have the host wait for what a tensor holds.
+        """
 
     @abstractmethod
     def evaluate(self, model: nn.Module, loader: ClipLoader, dtype: torch.dtype) -> Result:
@@ -131,7 +141,8 @@ class Task(ABC):
 
     def inputs(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Image and spectrogram on a device."""
-        return batch.image.to(device, non_blocking=True), self.mel.to(device)(batch.waveform.to(device))
+        waveform = batch.waveform.to(device, non_blocking=True)
+        return batch.image.to(device, non_blocking=True), self.mel.to(device)(waveform)
 
 
 class Selection:

@@ -215,8 +215,8 @@ def test_shards_are_trained_and_evaluated_by_split(encoder, clips, tmp_path, cap
 def test_a_step_that_is_not_finite_leaves_batch_norms_as_they_were(encoder, clips, tmp_path, monkeypatch):
     losses, steps = Probe.losses, iter(range(100))
 
-    def poisoned(self, model, batch, epoch):
-        return losses(self, model, batch._replace(image=batch.image * (torch.nan if next(steps) == 1 else 1)), epoch)
+    def poisoned(self, model, image, *inputs):
+        return losses(self, model, image * (torch.nan if next(steps) == 1 else 1), *inputs)
 
     monkeypatch.setattr(Probe, "losses", poisoned)
     assert train("probe", encoder, clips, tmp_path / "run", "--eval-clips", "0") == 0
@@ -301,7 +301,7 @@ rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() 
 own = [x[rank * 6 // ranks : (rank + 1) * 6 // ranks] for x in (image, waveform)]
 batch = Batch(*own, None, None, None, None)
 trained = DistributedDataParallel(model) if ranks > 1 else model
-loss = task.losses(trained, batch, 0)["contrast"]
+loss = task.losses(trained, *task.prepare(batch, 0, torch.device("cpu")))["contrast"]
 loss.backward()
 if rank == 0:
     torch.save([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], sys.argv[1])

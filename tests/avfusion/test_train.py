@@ -137,6 +137,8 @@ def command(config, *options):
     settings = [f"--{item.name.replace('_', '-')}" for item in fields(config)]
     words = []
     for flag, value in zip(settings, asdict(config).values(), strict=True):
+        if value is None:
+            continue
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
