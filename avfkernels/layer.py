@@ -35,6 +35,10 @@ from avfkernels.ops.linear import split_linear
 
 # Rows of patch tokens below which a layer leaves a GPU idle, so that the fusion branch runs beside the others.
 FEW_ROWS = 8192
+# Tokens of both modalities from which factorized fusion moves its projections to the latents (R2) in a fused layer; to
+# project is a few columns more of a product that is there anyway. An encoder on an H200, bf16, B = 64, as a graph: by
+# projecting in a fused layer 4.5 ms with 49 + 19 tokens and 12.1 with 196 + 96; by R2 in one not fused 6.8 and 12.6.
+ABSORB_FROM = 128
 # A function may be compiled for many modalities, masks, dtypes and batches; past the limit would be an error. A layer
 # is too small to be split for DDP's buckets.
 DYNAMO = {"recompile_limit": 64, "optimize_ddp": False}
@@ -134,7 +138,7 @@ def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, c
                 return _fused(*blocks, x_image, x_audio, x_fusion, None)
             if torch.is_grad_enabled():
                 return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, None)
-            folded = _folded(*blocks, x_image)
+            folded = _folded(*blocks, x_image, _absorbs(fusion_block, x_image, x_audio))
             if _beside and x_image.is_cuda and len(x_image) * (x_image.shape[1] + x_audio.shape[1]) <= FEW_ROWS:
                 return _on_two_streams(*blocks, x_image, x_audio, x_fusion, folded)
             return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, folded)
@@ -222,14 +226,18 @@ def _read(block, norm, folded: _Folded, x: Tensor, x_fusion: Tensor):
     return q[:, prefix:], k, v, fusion
 
 
-def _folds(image_block, audio_block, fusion_block) -> tuple[_Folded, _Folded]:
-    reads, absorbs = fusion_block.attn.reads(), fusion_block.attn.absorbs
-    blocks = zip((image_block, audio_block), fusion_block.norms(), reads, strict=True)
+def _absorbs(fusion_block, x_image: Tensor, x_audio: Tensor) -> bool:
+    return fusion_block.attn.absorbs and x_image.shape[1] + x_audio.shape[1] >= ABSORB_FROM
+
+
+def _folds(image_block, audio_block, fusion_block, absorbs: bool) -> tuple[_Folded, _Folded]:
+    blocks = zip((image_block, audio_block), fusion_block.norms(), fusion_block.attn.reads(), strict=True)
     return tuple(_fold(block, norm, read, absorbs) for block, norm, read in blocks)
 
 
 def _fused(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, folded):
-    folded_v, folded_a = folded or _folds(image_block, audio_block, fusion_block)
+    blocks = image_block, audio_block, fusion_block
+    folded_v, folded_a = folded or _folds(*blocks, _absorbs(fusion_block, x_image, x_audio))
     norm_v, norm_a = fusion_block.norms()
     *qkv_v, read_v = _read(image_block, norm_v, folded_v, x_image, x_fusion)
     *qkv_a, read_a = _read(audio_block, norm_a, folded_a, x_audio, x_fusion)
@@ -322,13 +330,14 @@ def versions(tensors: list[Tensor]) -> list[int]:
     return [_written, *(tensor._version for tensor in tensors)]
 
 
-# fusion block -> dtype -> what is kept of its layer. Weak, and no part of any module: copies of a model share nothing.
-_FOLDED: WeakKeyDictionary[nn.Module, dict[torch.dtype, _Kept]] = WeakKeyDictionary()
+# fusion block -> (dtype, by R2 or not) -> what is kept of its layer. Weak, and no part of any module: copies of a model
+# share nothing.
+_FOLDED: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, bool], _Kept]] = WeakKeyDictionary()
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _folded(image_block, audio_block, fusion_block, x: Tensor) -> tuple[_Folded, _Folded] | None:
+def _folded(image_block, audio_block, fusion_block, x: Tensor, absorbs: bool = False) -> tuple[_Folded, _Folded] | None:
     """The folds of a layer for inference: kept until a parameter is another one, or has been written to.
 
     A parameter that has been written to is folded into the same memory, which CUDA graphs have recorded. None for
@@ -340,11 +349,11 @@ def _folded(image_block, audio_block, fusion_block, x: Tensor) -> tuple[_Folded,
         return None
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else sources[0].dtype
-    kept = _FOLDED.setdefault(fusion_block, {}).get(dtype)
+    kept = _FOLDED.setdefault(fusion_block, {}).get((dtype, absorbs))
     same = kept and all(map(is_, kept.sources, sources)) and kept.addresses == _addresses(sources)
     if same and kept.versions == versions(sources):
         return kept.folded
-    made = tuple(_Folded(*(t if t is None else t.to(dtype) for t in part)) for part in _folds(*blocks))
+    made = tuple(_Folded(*(t if t is None else t.to(dtype) for t in part)) for part in _folds(*blocks, absorbs))
     if same:
         for old, new in zip(kept.folded, made, strict=True):
             for a, b in zip(old, new, strict=True):
@@ -352,7 +361,7 @@ def _folded(image_block, audio_block, fusion_block, x: Tensor) -> tuple[_Folded,
                     a.copy_(b)
         kept.versions = versions(sources)
     else:
-        kept = _FOLDED[fusion_block][dtype] = _Kept(sources, made)
+        kept = _FOLDED[fusion_block][dtype, absorbs] = _Kept(sources, made)
     return kept.folded
 
 

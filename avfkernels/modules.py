@@ -75,7 +75,7 @@ class _Attention(nn.Module):
 
     Those of the blocks work in two steps, `read` the tokens of the modalities and `update` the fusion tokens with that,
     so that a layer that reads the tokens for somebody else too (layer.py) can do so by one matrix product: `reads` says
-    by which weights and biases. `absorbs`: what is read are the tokens themselves (R2).
+    by which weights and biases. `absorbs`: what is read may be the tokens themselves (R2).
     """
 
     absorbs = False
@@ -206,9 +206,14 @@ class LatentCrossAttention(_Attention):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
 
-    def forward(self, latents, tokens: Tokens, return_attention=False, mask=None):
-        """latents [B, m, D], tokens [B, N, D], mask [B, N] -> [B, m, D] (, weights [B, H, m, N])."""
+    def forward(self, latents, tokens: Tokens | Tensor, return_attention=False, mask=None):
+        """latents [B, m, D], tokens [B, N, D], mask [B, N] -> [B, m, D] (, weights [B, H, m, N]).
+
+        Tokens that have been projected already are their keys and values [B, N, 2D].
+        """
         q = _heads(self.q(latents), self.num_heads)  # [B, H, m, d]
+        if isinstance(tokens, Tensor):
+            return self.project(attend(q, *_key_value_heads(tokens, self.num_heads), self.scale)[0])
         x, weight, bias, factor = tokens
         keeps_weights = materialises() or self.dropout_p() > 0.0
         # Moving the projections to the latents (R2) takes fewer FLOP than projecting a dozen tokens or more.

@@ -81,6 +81,8 @@ def _add_embed(commands: argparse._SubParsersAction) -> None:
     add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
     add("--batch-size", type=_count(1), default=8, metavar="N", help="clips at a time (default: %(default)s)")
     add("--workers", type=_count(0), default=0, metavar="N", help="processes that decode ahead (default: %(default)s)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile and CUDA graphs (default: on a GPU, once 200 clips have been seen)")  # fmt: skip
     add("--fusion", choices=["factorized", "dense", "token", "none"],
         help="only without --checkpoint: the kind of fusion (default: factorized)")  # fmt: skip
     add("--seed", type=int, help="only without --checkpoint: seed of the random weights (default: 0)")
@@ -117,7 +119,8 @@ def _embed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from avfusion.features import embed_clips
 
     progress = sys.stderr.isatty()
-    features = embed_clips(model, paths, batch_size=args.batch_size, num_workers=args.workers, progress=progress)
+    options = {"batch_size": args.batch_size, "num_workers": args.workers, "compile": args.compile}
+    features = embed_clips(model, paths, progress=progress, **options)
     features.checkpoint = args.checkpoint
     if features.clips:
         features.save(args.out)

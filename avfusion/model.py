@@ -193,7 +193,7 @@ class DeepAVFusion(nn.Module):
         # By torch.compile and CUDA graphs: None without gradients, on CUDA, once 200 clips of a shape have been seen;
         # True always, in training and on CPUs too; False never.
         self.compiled: bool | None = None
-        self._captured = avfkernels.Captured()
+        self._captured, self._captured_embs = avfkernels.Captured(), avfkernels.Captured()
 
     def _fusion_block(self) -> nn.Module:
         c = self.config
@@ -228,9 +228,17 @@ class DeepAVFusion(nn.Module):
         Raises ValueError, naming the argument, if a shape is not the configured one.
         """
         inputs = [x for x in (image, audio, image_ids_keep, audio_ids_keep) if x is not None]
-        if return_embs or self.compiled is False or len(inputs) == 3:
+        if self.compiled is False or len(inputs) == 3:
             return self._forward(image, audio, image_ids_keep, audio_ids_keep, return_embs=return_embs)
-        return self._captured(self, self._forward, *inputs, after=0 if self.compiled else None)
+        after = 0 if self.compiled else None
+        if not return_embs:
+            return self._captured(self, self._forward, *inputs, after=after)
+        out = self._captured_embs(self, self._with_embs, *inputs, after=after)
+        return (*out[:3], [out[i : i + 3] for i in range(3, len(out), 3)])
+
+    def _with_embs(self, *inputs, compiled: bool = False):
+        *out, embs = self._forward(*inputs, return_embs=True, compiled=compiled)
+        return (*out, *(x for layer in embs for x in layer))
 
     def _forward(
         self, image, audio, image_ids_keep=None, audio_ids_keep=None, *, return_embs: bool = False, compiled=False

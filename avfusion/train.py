@@ -197,14 +197,14 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
 
     def evaluate() -> None:
         copy = whole(model, task, sharded)
-        training = copy.training
-        copy.eval()
+        training, compiled = copy.training, copy.encoder.compiled
+        copy.eval().encoder.compiled = None if compiles else False
         found = task.evaluate(copy, evaluating, dtype).summary
         if main:
             curve.add(step, step / steps, found)
             (out / "pictures").mkdir(parents=True, exist_ok=True)
             task.draw(copy, evaluating, spread(len(evaluating.source.rows)), out / "pictures" / f"step-{step:08d}.png")
-        copy.train(training)
+        copy.train(training).encoder.compiled = compiled
         accelerator.log({f"eval/{name}": value for name, value in found.items()}, step=step)
 
     if due() and not (last and curve.has(step)):  # at the beginning, and where SIGTERM came in an epoch's last step

@@ -60,6 +60,8 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         evaluate.add_argument("--layout", metavar="LAYOUT", help="its layout, if that is another one")
         evaluate.add_argument("--clips", type=int, default=10**9, metavar="N", help="at most so many (default: all)")
         evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/eval")
+        evaluate.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                              help="torch.compile and CUDA graphs (default: on a GPU, from 200 clips on)")  # fmt: skip
         evaluate.set_defaults(run=_evaluate, parser=evaluate, task=name)
 
         predict = actions.add_parser(
@@ -90,6 +92,7 @@ def _evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     changes = {"eval_data": args.eval_data, "eval_split": args.eval_split, "layout": args.layout}
     changes = {name: value for name, value in changes.items() if value} | {"eval_clips": args.clips}
+    changes |= {} if args.compile is None else {"compile": args.compile}
     out = args.out or args.run_folder / "eval"
     try:
         summary = evaluate_run(args.run_folder, args.task, out, **changes)

@@ -24,7 +24,7 @@ def evaluate_run(run: Path, expected: str, out: Path, **changes) -> dict[str, fl
     task, model = load_run(run, expected)
     task.config, task.thorough = replace(task.config, **changes), True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    model.to(device).encoder.compiled = task.config.compile
     source = task.open_evaluation()
     batch = min(task.config.batch_size, max(len(source.rows), 1))
     loader = task.loader(source, batch, train=False, rank=0, world_size=1)

@@ -82,9 +82,11 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(layer, "_COMPILED_LAYER", layer._fused)
 
 
+@pytest.mark.parametrize("absorb_from", [0, 99])
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_and_every_gradient_are_the_plain_layers(kind, eps):
+def test_output_and_every_gradient_are_the_plain_layers(kind, eps, absorb_from, monkeypatch):
+    monkeypatch.setattr(layer, "ABSORB_FROM", absorb_from)
     model, inputs = build(kind, eps=eps), tokens(grad=True)
     names = ["image", "audio", "fusion", *(f"d {n}" for n in "iaf"), *(n for n, _ in model.named_parameters())]
     scale = max(x.abs().max().item() for x in derived(plain, model, inputs))
@@ -104,8 +106,10 @@ def test_the_factor_between_the_two_eps_counts_here(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "projecting"])
-def test_error_is_that_of_the_plain_layer(kind, dtype):
+@pytest.mark.parametrize("absorb_from", [0, 99])
+def test_error_is_that_of_the_plain_layer(kind, dtype, absorb_from, monkeypatch):
     """Against float64, with the same rounded weights; by norm."""
+    monkeypatch.setattr(layer, "ABSORB_FROM", absorb_from)
     model, inputs = build(kind, dtype), tokens(dtype, batch=4, scale=1.0, grad=True)
     exact = derived(plain, copy.deepcopy(model).double(), [x.detach().double().requires_grad_() for x in inputs])
     got, expected = derived(fused, model, inputs), derived(plain, model, inputs)
@@ -211,7 +215,7 @@ def test_weights_are_kept_in_the_dtype_of_autocast(uncompiled):
         with torch.autocast("cpu", torch.bfloat16):
             got, expected = plain(model, *inputs, compiled=True), plain(model, *inputs)
         plain(model, *inputs, compiled=True)
-    assert set(layer._FOLDED[model[2][0]]) == {torch.bfloat16, torch.float32}
+    assert set(layer._FOLDED[model[2][0]]) == {(torch.bfloat16, False), (torch.float32, False)}
     for triple in zip(got, exact, expected, strict=True):
         assert_accurate(*triple)
 
