@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from avfkernels import capture
 from avfkernels.capture import Captured
 from avfkernels.layer import early_fusion
 from avfkernels.modules import DenseFusion, FactorizedFusion, FusionBlock, TokenFusion, _Attention
@@ -121,7 +122,7 @@ def _layers(self, theirs, image, audio, image_ids_keep=None, audio_ids_keep=None
     depth = min(map(len, (self.image.blocks, self.audio.blocks, self.fusion_blocks)))
     blocks = [list(blocks)[:depth] for blocks in (self.image.blocks, self.audio.blocks, self.fusion_blocks)]
     dense = any(isinstance(block, DenseFusion) for block in blocks[2])
-    if x_image.is_cuda and not (compiled or dense or torch.compiler.is_compiling()):
+    if not (compiled or dense or torch.compiler.is_compiling()) and capture.pays(x_image.device):
         blocks[2] = [theirs[i].train(block.training) if block else None for i, block in enumerate(blocks[2])]
     x_image, x_audio, x_fusion, embs = early_fusion(
         *blocks, x_image, x_audio, x_fusion, compiled=compiled, return_embs=return_embs

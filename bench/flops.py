@@ -19,7 +19,7 @@ def attention(queries: int, keys: int, d_qk: int, d_v: int) -> int:
 
 
 def unimodal_block(config: EncoderConfig, tokens: int, prefix: int, *, materialised: bool) -> int:
-    """A ViT block that reads `prefix` fusion tokens: by prefix attention (R3), or as released, computing their rows."""
+    """A ViT block that reads `prefix` fusion tokens (R3), or, as released, computes their rows."""
     D, hidden = config.dim, int(config.dim * config.mlp_ratio)
     rows = tokens + prefix if materialised else tokens
     return (

@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-parts=(build:75 encoder:105 pretrain:80 ops:80 compiled:90 tests:65 sanitizers:40)
+parts=(build:70 encoder:130 pretrain:150 variants:60 ops:40 tests:60 sanitizers:25)
 if [ "${1:-}" = --rehearse ]; then
     OUT=${OUT:-$(mktemp -d)} CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 AVF_BENCH_TOY=1 \
         exec "$python" -m bench.gpu "${parts[@]%:*}"

@@ -1,6 +1,6 @@
 """What a GPU says of this code: `bench/gpu.sh` runs the parts below, each in a process of its own.
 
-    python -m bench.gpu PART [PART ...] --seconds S    build, encoder, pretrain, ops, compiled, tests, sanitizers
+    python -m bench.gpu PART [PART ...] --seconds S    build, encoder, pretrain, variants, ops, tests, sanitizers
 
 A measurement is a row of JSON in $OUT/<device>-gpu.jsonl, flushed at once. What fails, runs out of memory or finds no
 time left is a row too. Outputs are compared with the materialised equations before they are timed. Without a GPU, and
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu.encoder import part_compiled, part_encoder
+from bench.gpu.encoder import part_encoder, part_variants
 from bench.gpu.ops import part_ops
 from bench.gpu.pretrain import part_pretrain
 from bench.gpu.rows import CUDA, ROOT, TOY, Rows
@@ -105,8 +105,8 @@ PARTS = {
     "build": part_build,
     "encoder": part_encoder,
     "pretrain": part_pretrain,
+    "variants": part_variants,
     "ops": part_ops,
-    "compiled": part_compiled,
     "tests": part_tests,
     "sanitizers": part_sanitizers,
 }

@@ -12,7 +12,7 @@ WHAT = ("fusion", "backend", "batch", "masked", "dtype", "way")
 TIMES = ("ms", "ms_p20", "ms_p80")
 COLUMNS = {
     "ceiling": ("what", "dtype", "GB_per_s", "TFLOP_per_s"),
-    "encoder": (*WHAT, *TIMES, "ratio", "flop_ratio", "peak_MiB", "error_norm", "note"),
+    "encoder": (*WHAT, "variant", *TIMES, "ratio", "flop_ratio", "peak_MiB", "error_norm", "note"),
     "accelerate": (*WHAT, *TIMES, "peak_MiB", "error_norm"),
     "launches": ("fusion", "batch", "dtype", "launches"),
     "pretrain": (*WHAT, *TIMES, "ratio", "clips_per_s", "matmul_share", "peak_MiB", "note"),

@@ -10,7 +10,7 @@ from authors_style import AVMAE, Encoder
 from safetensors import safe_open
 from torch import nn
 
-from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, accelerate
+from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, accelerate, capture, layer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {"token": TokenFusion, "dense": DenseFusion, "factorized": FactorizedFusion}
@@ -255,6 +255,88 @@ def test_compiles_whole():
     accelerate(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*batch(), *masks()), expected)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a GPU, with the fused layer uncompiled and CUDA graphs played; the shapes that were recorded."""
+    made = []
+
+    def record(function, pool=None):
+        outputs = function()
+        made.append(len(outputs[0]))
+
+        def replay():
+            for old, new in zip(outputs, function(), strict=True):
+                old.copy_(new)
+
+        return outputs, replay
+
+    monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr(capture, "pays", lambda device: True)
+    monkeypatch.setattr(layer, "_COMPILED_LAYER", layer._fused)
+    monkeypatch.setattr(layer, "_COMPILED_BLOCK", layer._block)
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_what_loses_is_left_alone_until_a_shape_is_compiled(kind, gpu):
+    model = build(kind, fusion_layers=(1,)).eval()
+    inputs = batch(B=60)
+    calls = []
+    theirs = type(model.fusion_blocks[1])
+    forward = theirs.forward
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        expected = model(*inputs)
+        patch.setattr(theirs, "forward", lambda *a: calls.append(1) or forward(*a))
+        restore = accelerate(model)
+        assert ("left alone as released" in restore.report["fusion_blocks.1"]) == (kind != "dense")
+        for _ in range(5):
+            torch.testing.assert_close(model(*inputs), expected, rtol=1e-10, atol=1e-10)
+    assert len(calls) == (0 if kind == "dense" else 3)  # 60, 120 and 180 clips
+    assert gpu == [60]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_training_is_compiled_too_and_compile_false_never(kind, gpu):
+    model, inputs = build(kind), batch(B=60)
+    expected = run(model, *inputs)
+    restore = accelerate(model)
+    for _ in range(5):
+        torch.manual_seed(0)
+        out = model(*inputs)
+    assert gpu == []
+    grads = torch.autograd.grad(
+        sum(x.sin().sum() for x in out), [p for p in model.parameters() if p.requires_grad], allow_unused=True
+    )
+    assert_equal((out, grads), (expected[0][:3], expected[1]))
+    restore()
+    restore = accelerate(model, compile=False)
+    with torch.no_grad():
+        for _ in range(5):
+            model.eval()(*inputs)
+    assert gpu == []
+    assert ("uncompiled (compile=False), left alone" in restore.report["fusion_blocks.0"]) == (kind != "dense")
+
+
+def test_the_report_names_every_layer_and_a_failure(gpu, monkeypatch):
+    model = build("factorized", fusion_layers=(1,))
+    restore = accelerate(AVMAE(model).eval())
+    assert restore.report == {
+        "encoder.fusion_blocks.0": "no fusion in this layer: as released",
+        "encoder.fusion_blocks.1": "FactorizedFusion: R1, R2, R3; on a GPU, before 200 clips of a shape, left alone as "
+        "released, which has fewer launches",
+    }
+
+    def fails(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(capture, "record", fails)
+    model.requires_grad_(False)
+    inputs = batch(B=200)
+    with pytest.warns(UserWarning, match="Encoder runs uncompiled: RuntimeError: no compiler"), torch.no_grad():
+        model(*inputs)
+    assert "uncompiled (no compiler), left alone as released" in restore.report["encoder.fusion_blocks.1"]
 
 
 def without(model, path):

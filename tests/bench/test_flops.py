@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import avfkernels
+from avfkernels.modules import Tokens
 from avfusion import DeepAVFusion, EncoderConfig
 from bench import flops
 from bench.encoder import PASSES, ROWS
@@ -71,7 +72,7 @@ def test_aggregation_counts_the_cheaper_way(tokens):
         attention = avfkernels.FactorizedFusion(config.dim, config.num_heads, fusion_tkns=(1, 8, 8)).attn.attn_v
     counter = FlopCounterMode(display=False)
     with avfkernels.backend("eager"), sdpa_kernel(SDPBackend.MATH), counter:
-        attention(latents, x)
+        attention(latents, Tokens(x, attention.kv.weight, attention.kv.bias))
     assert counter.get_total_flops() == flops.aggregation(config, 8, tokens, materialised=False)
 
 

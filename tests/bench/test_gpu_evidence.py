@@ -31,7 +31,8 @@ def test_every_section_runs_at_toy_size_and_the_tables_are_drawn(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.jsonl")
     found = report.load(path)
-    assert {row["section"] for row in found} == report.COLUMNS.keys()
+    earlier = {"prefix_attention"}  # in tables of rows that are kept
+    assert {row["section"] for row in found} == report.COLUMNS.keys() - earlier
     assert [row for row in found if "error" in row] == []
     for row in found:
         assert row.keys() >= {"part", "device", "commit", "date", "torch", "triton"}
@@ -39,11 +40,11 @@ def test_every_section_runs_at_toy_size_and_the_tables_are_drawn(tmp_path):
             assert row.keys() >= {"fusion", "batch", "dtype", "way", "ms", "ms_p20", "ms_p80", "error_norm"}
     measured = {(row["fusion"], row["way"], row["masked"]) for row in found if row["section"] == "encoder"}
     for fusion in ("none", "dense", "factorized"):
-        for way in ("eager", "graph", "compiled", "compiled + graph"):
+        for way in ("eager", "graph", "captured"):
             assert {(fusion, way, True), (fusion, way, False)} <= measured
     subprocess.run([sys.executable, "-m", "bench.report", str(path)], cwd=ROOT, check=True)
     text = path.with_suffix(".md").read_text()
-    assert all(f"## {title}" in text for title in report.TITLES.values())
+    assert all(f"## {title}" in text for name, title in report.TITLES.items() if name not in earlier)
     assert "What failed" not in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -86,12 +86,9 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_rows_that_need_cuda_say_so():
-    for name, kept in {"dense, ours": None, "dense, compiled": "on CUDA", "dense, graphs": "on CUDA"}.items():
-        assert encoder.ROWS[name].why_not(CPU, training=False) == kept
-    cuda = torch.device("cuda")
-    assert encoder.ROWS["dense, graphs"].why_not(cuda, training=True) == "inference only"
-    assert encoder.ROWS["dense, graphs"].why_not(cuda, training=False) is None
-    assert encoder.ROWS["dense, compiled"].why_not(cuda, training=True) is None
+    for name, kept in {"dense, ours": None, "dense, compiled": "on CUDA"}.items():
+        assert encoder.ROWS[name].why_not(CPU) == kept
+        assert encoder.ROWS[name].why_not(torch.device("cuda")) is None
 
 
 def test_a_run_replaces_only_its_sections(tmp_path):
