@@ -16,7 +16,8 @@ with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothi
 from avfkernels.capture import CLIPS, Captured, pays
 from avfkernels.choice import backend, materialises
 from avfkernels.convert import accelerate
-from avfkernels.layer import early_fusion, read_prefix, run_block, weights_changed
+from avfkernels.fold import weights_changed
+from avfkernels.layer import early_fusion, read_prefix, run_block
 from avfkernels.modules import DenseFusion, FactorizedFusion, TokenFusion
 from avfkernels.ops.latent import latent_attention
 from avfkernels.ops.linear import split_linear

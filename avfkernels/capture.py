@@ -15,7 +15,7 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 
-from avfkernels import layer
+from avfkernels import fold, layer
 from avfkernels.choice import forced, transformed
 from avfkernels.ops.common import autocast_enabled
 
@@ -29,23 +29,26 @@ def pays(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def record(function: Callable[[], tuple[Tensor, ...]], pool=None) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-    """Records what `function` does on the GPU: its outputs, and what runs it again and fills these outputs anew.
+def record(
+    function: Callable[[], tuple[Tensor, ...]], device: torch.device
+) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Records what `function` does on a GPU: its outputs, and what runs it again and fills these outputs anew.
 
     It runs on a stream of its own from the first pass on: a node of autograd's graph belongs to the stream it was made
     on, and one that is alive from a pass on another stream cannot be recorded.
     """
-    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
-    current.wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: a thread of a loader, which pins memory, is none of its business.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        outputs = function()
+    with torch.cuda.device(device):
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        current.wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a thread of a loader, which pins memory, is none of its business.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            outputs = function()
     return outputs, graph.replay
 
 
@@ -158,14 +161,14 @@ class _Graph:
         self.snapshot = Snapshot(model)
         if any(tensor.is_inference() for tensor in self.snapshot.tensors):
             raise RuntimeError("its parameters, made in inference mode, do not say when they are written to")
-        self.versions = layer.versions(self.snapshot.tensors)
+        self.versions = fold.versions(self.snapshot.tensors)
         self.inputs = [x.clone() for x in tensors]
         self.function = function
-        with layer.beside(), _no_autocast_cache(tensors[0].device):
-            self.outputs, self.replay = record(self._run)
+        self.outputs, self.replay = record(self._run, tensors[0].device)
 
     def _run(self) -> tuple[Tensor, ...]:
-        return self.function(*self.inputs, compiled=True)
+        with layer.beside(), _no_autocast_cache(self.inputs[0].device):
+            return self.function(*self.inputs, compiled=True)
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not self.snapshot.same():
@@ -173,7 +176,7 @@ class _Graph:
         batch = tensors[0].shape[0]
         for buffer, x in zip(self.inputs, tensors, strict=True):
             buffer[:batch].copy_(x)
-        versions = layer.versions(self.snapshot.tensors)
+        versions = fold.versions(self.snapshot.tensors)
         if versions != self.versions:
             self.versions = versions
             outputs = self._run()  # folds what is kept of the weights anew, where it is

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from avfkernels import capture
+from avfkernels.attentions import Attention
 from avfkernels.capture import Captured
 from avfkernels.layer import early_fusion
-from avfkernels.modules import DenseFusion, FactorizedFusion, FusionBlock, TokenFusion, _Attention
+from avfkernels.modules import DenseFusion, FactorizedFusion, FusionBlock, TokenFusion
 
 ARGUMENTS = ("image", "audio", "image_ids_keep", "audio_ids_keep", "return_embs")  # of the encoder's forward
 ENCODER = ("image", "audio", "fusion_tokens", "fusion_blocks", "fusion_norm")
@@ -208,10 +209,10 @@ def _check_uncalled(name: str, module: nn.Module, linear: tuple[str, ...] = ()) 
 def _adopt(ours: nn.Module, theirs: nn.Module) -> None:
     """Puts their layers in the place of ours; only the attention around them remains."""
     ours.training = theirs.training
-    if isinstance(ours, _Attention):
+    if isinstance(ours, Attention):
         ours.scale = theirs.scale
     for name, child in list(ours.named_children()):
-        if isinstance(child, _Attention):
+        if isinstance(child, Attention):
             _adopt(child, getattr(theirs, name))
         else:
             setattr(ours, name, getattr(theirs, name))

@@ -19,18 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from operator import is_
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from avfkernels.attentions import Tokens
 from avfkernels.choice import materialises, transformed
-from avfkernels.modules import FusionBlock, Tokens
-from avfkernels.ops.common import autocast_enabled, compute_dtype
+from avfkernels.fold import Folded, folds, kept_folds
+from avfkernels.modules import FusionBlock
+from avfkernels.ops.common import compute_dtype
 from avfkernels.ops.linear import split_linear
 
 # Rows of patch tokens below which a layer leaves a GPU idle, so that the fusion branch runs beside the others.
@@ -86,13 +84,19 @@ def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, comp
 
 
 def read_prefix(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
-    """The rows of x [B, N, D] of a ViT block over [prefix ; x], by its parts; those of the prefix are not computed."""
-    return _released(block, x, prefix) if materialises() else _block(block, x, prefix)
+    """The rows of x [B, N, D] of a ViT block over [prefix ; x], by its parts; those of the prefix are not computed.
+
+    Where its attention or `qkv`, which would not be called, has hooks or is no mere linear layer, they are.
+    """
+    if materialises() or not (_untouched(block.attn) and _untouched(block.attn.qkv) and _linear(block.attn.qkv)):
+        return _released(block, x, prefix)
+    return _block(block, x, prefix)
 
 
 def _released(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
     """The prefix goes through the block and is dropped."""
-    return block(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
+    run = block.forward if getattr(block, "reads_prefix", False) else block  # the former is being called
+    return run(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
 
 
 def why_plain(image_block: nn.Module, audio_block: nn.Module, fusion_block: nn.Module) -> str | None:
@@ -105,7 +109,7 @@ def why_plain(image_block: nn.Module, audio_block: nn.Module, fusion_block: nn.M
     for block, norm in ((image_block, norm_v), (audio_block, norm_a)):
         parts = {"the block": block, "its attention": block.attn}
         layers = {"norm1": (block.norm1, nn.LayerNorm), "qkv": (block.attn.qkv, nn.Linear),
-                  "norm of the fusion block": (norm, nn.LayerNorm)}  # fmt: skip
+                  "the fusion block's norm": (norm, nn.LayerNorm)}  # fmt: skip
         for name, (part, kind) in layers.items():
             if type(part).forward is not kind.forward or part.weight is None:
                 return f"{name} is a {type(part).__name__} and does more, or less, than {kind.__name__}"
@@ -114,11 +118,18 @@ def why_plain(image_block: nn.Module, audio_block: nn.Module, fusion_block: nn.M
         for name, part in (parts | {name: part for name, (part, _) in layers.items()}).items():
             if not _untouched(part):
                 return f"{name} has hooks, or a forward of its own"
-    uncalled = {"the fusion block": fusion_block, "its attention": fusion_block.attn} | fusion_block.attn.readers()
+    readers = {f"the fusion block's {name}": part for name, part in fusion_block.attn.readers().items()}
+    uncalled = {"the fusion block": fusion_block, "the fusion block's attention": fusion_block.attn} | readers
     for name, part in uncalled.items():
         if not _untouched(part):
-            return f"{name} of the fusion block has hooks, or a forward of its own"
+            return f"{name} has hooks, or a forward of its own"
+        if part in fusion_block.attn.readers().values() and not _linear(part):
+            return f"{name} is a {type(part).__name__} and does more than Linear"
     return None
+
+
+def _linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward
 
 
 def _untouched(module: nn.Module) -> bool:
@@ -138,7 +149,7 @@ def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, c
                 return _fused(*blocks, x_image, x_audio, x_fusion, None)
             if torch.is_grad_enabled():
                 return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, None)
-            folded = _folded(*blocks, x_image, _absorbs(fusion_block, x_image, x_audio))
+            folded = kept_folds(*blocks, x_image, _absorbs(fusion_block, x_image, x_audio))
             if _beside and x_image.is_cuda and len(x_image) * (x_image.shape[1] + x_audio.shape[1]) <= FEW_ROWS:
                 return _on_two_streams(*blocks, x_image, x_audio, x_fusion, folded)
             return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, folded)
@@ -177,33 +188,7 @@ def _finish(block: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Ten
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-class _Folded(NamedTuple):
-    """Of one modality: W g [3D + R, D] and W b [3D + R] of all that reads it; R is 0 where R2 reads the tokens bare."""
-
-    weight: Tensor
-    bias: Tensor
-    agg_weight: Tensor | None  # of R2: keys and values of the aggregation, [2D, D] and [2D]
-    agg_bias: Tensor | None
-
-
-def _fold(block: nn.Module, norm: nn.Module, read: tuple[Tensor, Tensor | None], absorbs: bool) -> _Folded:
-    """The affine of norms, folded into the projections behind them, in at least float32."""
-    qkv = _affine(block.attn.qkv.weight, block.attn.qkv.bias, block.norm1)
-    fusion = _affine(*read, norm)
-    if absorbs:
-        return _Folded(*qkv, *fusion)
-    return _Folded(torch.cat((qkv[0], fusion[0])), torch.cat((qkv[1], fusion[1])), None, None)
-
-
-def _affine(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(weight.dtype)
-    wide = weight.to(dtype)
-    constant = (wide * norm.bias.to(dtype)).sum(-1)  # no matrix product: autocast would round it
-    constant = constant if bias is None else constant + bias.to(dtype)
-    return (wide * norm.weight.to(dtype)).to(weight.dtype), constant.to(weight.dtype)
-
-
-def _read(block, norm, folded: _Folded, x: Tensor, x_fusion: Tensor):
+def _read(block, norm, folded: Folded, x: Tensor, x_fusion: Tensor):
     """q [B, N, D], k, v [B, P + N, D] of a block over [x_fusion ; x], and what the fusion block reads of x."""
     dim, prefix, eps = x.shape[-1], x_fusion.shape[1], block.norm1.eps
     joined = torch.cat((x_fusion, x), dim=1)
@@ -230,14 +215,9 @@ def _absorbs(fusion_block, x_image: Tensor, x_audio: Tensor) -> bool:
     return fusion_block.attn.absorbs and x_image.shape[1] + x_audio.shape[1] >= ABSORB_FROM
 
 
-def _folds(image_block, audio_block, fusion_block, absorbs: bool) -> tuple[_Folded, _Folded]:
-    blocks = zip((image_block, audio_block), fusion_block.norms(), fusion_block.attn.reads(), strict=True)
-    return tuple(_fold(block, norm, read, absorbs) for block, norm, read in blocks)
-
-
 def _fused(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, folded):
     blocks = image_block, audio_block, fusion_block
-    folded_v, folded_a = folded or _folds(*blocks, _absorbs(fusion_block, x_image, x_audio))
+    folded_v, folded_a = folded or folds(*blocks, _absorbs(fusion_block, x_image, x_audio))
     norm_v, norm_a = fusion_block.norms()
     *qkv_v, read_v = _read(image_block, norm_v, folded_v, x_image, x_fusion)
     *qkv_a, read_a = _read(audio_block, norm_a, folded_a, x_audio, x_fusion)
@@ -294,83 +274,3 @@ def _side_stream(device: torch.device):
     if device not in _SIDE_STREAMS:
         _SIDE_STREAMS[device] = torch.cuda.Stream(device)
     return _SIDE_STREAMS[device]
-
-
-_written = 0
-
-
-def weights_changed(*_) -> None:
-    """Says that weights may have been written to where PyTorch does not see it, as through `Tensor.data`.
-
-    What is kept of weights for inference is made anew. Steps of optimizers say so themselves (the fused ones write past
-    the counters of their parameters), and writes in place are seen.
-    """
-    global _written
-    _written += 1
-
-
-register_optimizer_step_post_hook(weights_changed)
-
-
-class _Kept:
-    """The folds of one layer, and what they were made of."""
-
-    def __init__(self, sources: list[Tensor], folded: tuple[_Folded, _Folded]):
-        # Detached: the memory stays where it is, even if a parameter is given another; addresses tell them apart.
-        self.sources, self.aliases = sources, [source.detach() for source in sources]
-        self.addresses, self.versions, self.folded = _addresses(sources), versions(sources), folded
-
-
-def _addresses(tensors: list[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
-
-
-def versions(tensors: list[Tensor]) -> list[int]:
-    """Changes whenever one of the tensors is written to."""
-    return [_written, *(tensor._version for tensor in tensors)]
-
-
-# fusion block -> (dtype, by R2 or not) -> what is kept of its layer. Weak, and no part of any module: copies of a model
-# share nothing.
-_FOLDED: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, bool], _Kept]] = WeakKeyDictionary()
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _folded(image_block, audio_block, fusion_block, x: Tensor, absorbs: bool = False) -> tuple[_Folded, _Folded] | None:
-    """The folds of a layer for inference: kept until a parameter is another one, or has been written to.
-
-    A parameter that has been written to is folded into the same memory, which CUDA graphs have recorded. None for
-    parameters of inference mode, which do not say that they have been written to.
-    """
-    blocks = image_block, audio_block, fusion_block
-    sources = _sources(*blocks)
-    if any(source.is_inference() for source in sources):
-        return None
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else sources[0].dtype
-    kept = _FOLDED.setdefault(fusion_block, {}).get((dtype, absorbs))
-    same = kept and all(map(is_, kept.sources, sources)) and kept.addresses == _addresses(sources)
-    if same and kept.versions == versions(sources):
-        return kept.folded
-    made = tuple(_Folded(*(t if t is None else t.to(dtype) for t in part)) for part in _folds(*blocks, absorbs))
-    if same:
-        for old, new in zip(kept.folded, made, strict=True):
-            for a, b in zip(old, new, strict=True):
-                if a is not None:
-                    a.copy_(b)
-        kept.versions = versions(sources)
-    else:
-        kept = _FOLDED[fusion_block][dtype, absorbs] = _Kept(sources, made)
-    return kept.folded
-
-
-def _sources(image_block, audio_block, fusion_block) -> list[Tensor]:
-    found = []
-    for block in (image_block, audio_block):
-        found += [block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias]
-    for norm in fusion_block.norms():
-        found += [norm.weight, norm.bias]
-    for reader in fusion_block.attn.readers().values():
-        found += [reader.weight, reader.bias]
-    return [tensor for tensor in found if tensor is not None]

@@ -107,6 +107,8 @@ class RecordedStep(Step):
             return
         for buffer, x in zip(self.inputs, inputs, strict=True):
             if isinstance(x, Tensor):
+                if x.shape != buffer.shape:
+                    raise ValueError(f"recorded for a batch with {list(buffer.shape)}, got {list(x.shape)}")
                 buffer.copy_(x, non_blocking=True)
         self.graphs[key]()
 
@@ -162,7 +164,7 @@ class RecordedStep(Step):
         try:
             with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*capturable=True.*")  # while it is warmed up
-                _, self.graphs[key] = capture.record(function)
+                _, self.graphs[key] = capture.record(function, self.device)
         except Exception as error:  # whatever compilers and drivers raise
             self.recording = self.model.encoder.compiled = False
             warnings.warn(f"training runs uncompiled: {type(error).__name__}: {error}", stacklevel=3)

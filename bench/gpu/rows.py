@@ -35,7 +35,7 @@ CONFIGS |= {
 if not CUDA:  # a rehearsal: what is compiled on a GPU runs as it is, and what is recorded is run again
     layer._COMPILED_LAYER, layer._COMPILED_BLOCK = layer._fused, layer._block
     capture.pays = avfkernels.pays = lambda device: True
-    capture.record = lambda function, pool=None: (function(), function)
+    capture.record = lambda function, device: (function(), function)
 
 
 class Rows:

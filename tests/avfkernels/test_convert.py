@@ -262,7 +262,7 @@ def gpu(monkeypatch):
     """As on a GPU, with the fused layer uncompiled and CUDA graphs played; the shapes that were recorded."""
     made = []
 
-    def record(function, pool=None):
+    def record(function, device):
         outputs = function()
         made.append(len(outputs[0]))
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import avfkernels
-from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, layer
+from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, fold, layer
 
 DIM, HEADS, TOKENS = 32, 4, (8, 2, 3)
 KINDS = {
@@ -182,12 +182,12 @@ def test_kept_weights_are_made_anew_when_a_parameter_has_changed(kind, change, u
     model, inputs = build(kind), tokens()
     with torch.no_grad():
         before = plain(model, *inputs, compiled=True)
-        kept = layer._folded(*(blocks[0] for blocks in model), inputs[0])
-        assert layer._folded(*(blocks[0] for blocks in model), inputs[0]) is kept  # nothing changed
+        kept = fold.kept_folds(*(blocks[0] for blocks in model), inputs[0])
+        assert fold.kept_folds(*(blocks[0] for blocks in model), inputs[0]) is kept  # nothing changed
     CHANGES[change](model, inputs)
     with torch.no_grad():
         got, expected = plain(model, *inputs, compiled=True), plain(model, *inputs)
-        again = layer._folded(*(blocks[0] for blocks in model), inputs[0])
+        again = fold.kept_folds(*(blocks[0] for blocks in model), inputs[0])
     for a, b in zip(got, expected, strict=True):
         assert (a - b).norm() <= 1e-12 * b.norm()
     if change != "a move":
@@ -200,11 +200,11 @@ def test_copies_keep_nothing_and_kept_weights_go_with_their_model(uncompiled):
     model, inputs = build("dense"), tokens()
     with torch.no_grad():
         plain(model, *inputs, compiled=True)
-    kept = len(layer._FOLDED)
+    kept = len(fold.KEPT)
     twin = copy.deepcopy(model)
-    assert len(layer._FOLDED) == kept
+    assert len(fold.KEPT) == kept
     del model
-    assert len(layer._FOLDED) == kept - 1
+    assert len(fold.KEPT) == kept - 1
     assert list(twin.state_dict()) == list(build("dense").state_dict())
 
 
@@ -215,7 +215,7 @@ def test_weights_are_kept_in_the_dtype_of_autocast(uncompiled):
         with torch.autocast("cpu", torch.bfloat16):
             got, expected = plain(model, *inputs, compiled=True), plain(model, *inputs)
         plain(model, *inputs, compiled=True)
-    assert set(layer._FOLDED[model[2][0]]) == {(torch.bfloat16, False), (torch.float32, False)}
+    assert set(fold.KEPT[model[2][0]]) == {(torch.bfloat16, False), (torch.float32, False)}
     for triple in zip(got, exact, expected, strict=True):
         assert_accurate(*triple)
 
@@ -238,10 +238,11 @@ ASIDE = {
     "a hook on its attention": (hooked("1.0.attn"), "its attention has hooks"),
     "a hook on qkv": (hooked("0.0.attn.qkv"), "qkv has hooks"),
     "a hook on a norm": (hooked("1.0.norm1"), "norm1 has hooks"),
-    "a hook on the fusion block": (hooked("2.0"), "the fusion block of the fusion block has hooks"),
-    "a hook on what reads tokens": (hooked("2.0.attn.kv"), "kv of the fusion block has hooks"),
+    "a hook on the fusion block": (hooked("2.0"), "the fusion block has hooks"),
+    "a hook on what reads tokens": (hooked("2.0.attn.kv"), "the fusion block's kv has hooks"),
     "another forward": (lambda m: setattr(m[0][0], "forward", m[0][0].forward), "the block has hooks, or a forward of"),
     "an adapter": (replaced("0.0.attn", "qkv", lambda: Adapter(DIM, 3 * DIM)), "qkv is a Adapter and does more, or"),
+    "an adapter of what reads": (replaced("2.0.attn", "kv", lambda: Adapter(2 * DIM, 16)), "kv is a Adapter and does"),
     "no affine": (replaced("0.0", "norm1", lambda: nn.LayerNorm(DIM, elementwise_affine=False)), "norm1 is a Layer"),
     "no bias": (replaced("0.0", "norm1", lambda: nn.LayerNorm(DIM, bias=False)), "a norm has no bias"),
     "attn_drop": (lambda m: setattr(m[2][0].attn, "attn_drop", 0.5), "attn_drop drops attention weights"),
@@ -262,6 +263,24 @@ def test_what_the_fused_layer_cannot_do_runs_plain(case, eager_compiler):
         results.append(plain(model, *inputs, compiled=compiled))
     assert all(map(torch.equal, *results))
     assert eager_compiler.frame_count == 0
+
+
+@pytest.mark.parametrize("path", ["attn", "attn.qkv", "attn.proj", "mlp", "norm1"])
+def test_hooks_in_a_block_that_reads_a_prefix_run(path):
+    model, (x, _, prefix), seen = build("dense"), tokens(), []
+    block = model[0][0]
+    expected = layer.read_prefix(block, x, prefix)
+    block.get_submodule(path).register_forward_hook(lambda *_: seen.append(path))
+    torch.testing.assert_close(layer.read_prefix(block, x, prefix), expected)
+    assert seen
+
+
+def test_an_adapter_of_qkv_counts_in_a_block_that_reads_a_prefix():
+    model, (x, _, prefix) = build("dense"), tokens()
+    block = model[0][0]
+    block.attn.qkv = Adapter(DIM, 3 * DIM).double()
+    expected = block(torch.cat((prefix, x), 1))[:, prefix.shape[1] :]
+    torch.testing.assert_close(layer.read_prefix(block, x, prefix), expected)
 
 
 def test_hooks_of_what_is_called_run(eager_compiler):

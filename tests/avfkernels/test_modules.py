@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import avfkernels
-from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, modules
+from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, attentions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCKS = {"token": TokenFusion, "dense": DenseFusion, "factorized": FactorizedFusion}
@@ -99,10 +99,10 @@ def test_fast_path_is_as_accurate_as_the_materialised_one_in_every_dtype(kind, d
 
 @pytest.mark.parametrize(("latents", "absorbed"), [(3, True), (15, True), (16, False)])
 def test_r2_is_taken_where_latents_times_heads_are_fewer_than_features(latents, absorbed, monkeypatch):
-    attention = modules.LatentCrossAttention(64, 4, True, 0.0, 0.0)
-    calls, run = [], modules.absorbed_attention
-    monkeypatch.setattr(modules, "absorbed_attention", lambda *a: calls.append(1) or run(*a))
-    tokens = modules.Tokens(torch.randn(1, 5, 64), attention.kv.weight, attention.kv.bias)
+    attention = attentions.LatentCrossAttention(64, 4, True, 0.0, 0.0)
+    calls, run = [], attentions.absorbed_attention
+    monkeypatch.setattr(attentions, "absorbed_attention", lambda *a: calls.append(1) or run(*a))
+    tokens = attentions.Tokens(torch.randn(1, 5, 64), attention.kv.weight, attention.kv.bias)
     attention(torch.randn(1, latents, 64), tokens)
     assert bool(calls) == absorbed
 
@@ -213,12 +213,12 @@ def test_attention_dropout_in_training_keeps_no_pair_and_is_exact(kind, monkeypa
     options = {"interaction": "product"} if kind == "product" else {}
     block = build("dense" if kind == "product" else kind, attn_drop=0.5, **options).train()
     inputs = [x.requires_grad_() for x in tokens()]
-    monkeypatch.setattr(modules, "_pairs", None)  # what would build them
+    monkeypatch.setattr(attentions, "_pairs", None)  # what would build them
     results = []
     for forced, case in ((None, (block, inputs)), ("reference", exact_copies(block, inputs)),
                          ("reference", (block, inputs))):  # fmt: skip
         # The reference backend of the op, not of the module: that one follows the paper's equations.
-        monkeypatch.setattr(modules, "materialises", lambda: False)
+        monkeypatch.setattr(attentions, "materialises", lambda: False)
         torch.manual_seed(0)
         with avfkernels.backend(forced):
             results.append(with_gradients(*case))

@@ -24,7 +24,7 @@ def recorded(monkeypatch, uncompiled):
     """Shapes that were recorded."""
     made = []
 
-    def record(function, pool=None):
+    def record(function, device):
         outputs = function()
         made.append([tuple(x.shape) for x in outputs])
 

@@ -52,7 +52,7 @@ def recorded(monkeypatch):
     """CUDA graphs on a CPU. What they hold may not read anything on the host."""
     made = []
 
-    def record(function, pool=None):
+    def record(function, device):
         for _ in range(capture.WARM_UP):
             function()
         outputs = function()
@@ -161,11 +161,11 @@ def test_the_rate_is_a_tensor_that_the_schedule_writes_to(recorded):
 def test_a_failure_to_record_is_reported_once_and_training_goes_on(monkeypatch, recorded, failing):
     made, record = iter(range(9)), capture.record
 
-    def fails(function, pool=None):
+    def fails(function, device):
         if next(made) == failing:
             function()
             raise RuntimeError("the capture was invalidated")
-        return record(function, pool)
+        return record(function, device)
 
     monkeypatch.setattr(capture, "record", fails)
     with pytest.warns(UserWarning, match="training runs uncompiled: RuntimeError: the capture") as warned:

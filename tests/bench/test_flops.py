@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import avfkernels
-from avfkernels.modules import Tokens
+from avfkernels.attentions import Tokens
 from avfusion import DeepAVFusion, EncoderConfig
 from bench import flops
 from bench.encoder import PASSES, ROWS
