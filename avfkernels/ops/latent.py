@@ -81,9 +81,12 @@ def absorbed_attention(
     if factor is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         queries = absorb(q, weight)
         scores = _scores(queries.flatten(1, 2), x, scale)
-        factor = 1.0 if factor is None else factor.transpose(1, 2)
-        attn, _ = masked_softmax(scores * factor, mask)
-        context = ((attn * factor).to(x.dtype) @ x).view_as(queries)
+        if factor is None:
+            attn, _ = masked_softmax(scores, mask)
+        else:
+            factor = factor.transpose(1, 2)
+            attn = (masked_softmax(scores * factor, mask)[0] * factor).to(x.dtype)
+        context = (attn @ x).view_as(queries)
         out = torch.einsum("bhme,hde->bhmd", context, _by_heads(weight, q.shape[1])[1])
     else:
         out, _ = _Absorbed.apply(q, x, weight, scale, mask)

@@ -119,7 +119,7 @@ def test_error_is_that_of_the_plain_layer(kind, dtype, absorb_from, monkeypatch)
     assert_accurate(vectors[0].to(dtype), vectors[1], vectors[2].to(dtype), "gradient of the parameters")
 
 
-@pytest.mark.parametrize("kind", ["token", "dense", "factorized"])
+@pytest.mark.parametrize("kind", ["dense"])  # and factorized, in tests/avfusion/test_compiled.py
 def test_one_graph_for_all_layers_in_inference_and_one_in_training(kind, eager_compiler):
     model, leaves = build(kind, depth=3), tokens(scale=1.0, grad=True)
     for graphs, grad in ((1, False), (2, True)):
@@ -295,12 +295,12 @@ def test_drop_path_and_dropout_are_drawn_in_training_and_rest_in_eval(eager_comp
     still = plain(model.eval(), *inputs)
     torch.testing.assert_close(plain(model, *inputs, compiled=True), still)
     with torch.no_grad():
-        drawn = torch.stack([plain(model.train(), *inputs, compiled=True)[2] for _ in range(100)])
-        again = torch.stack([plain(model, *inputs)[2] for _ in range(100)])
+        drawn = torch.stack([plain(model.train(), *inputs, compiled=True)[2] for _ in range(60)])
+        again = torch.stack([plain(model, *inputs)[2] for _ in range(60)])
     assert not torch.equal(drawn[0], drawn[1])
     deviation = again.std(0)
-    # 16 clips x 13 tokens x 32 features, compared in all: means within what 100 draws leave open.
-    assert ((drawn.mean(0) - again.mean(0)) / deviation).abs().mean() < 2 * (2 / 100) ** 0.5
+    # 16 clips x 13 tokens x 32 features, compared in all: means within what 60 draws leave open.
+    assert ((drawn.mean(0) - again.mean(0)) / deviation).abs().mean() < 2 * (2 / 60) ** 0.5
     assert (drawn.std(0) / deviation).mean().sub(1).abs() < 0.05
 
 

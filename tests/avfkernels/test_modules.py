@@ -300,7 +300,8 @@ def test_compiles_once_for_all_batches_and_token_counts(kind):
     compiles = set()
     for sizes in ({}, {"visual": 40, "audio": 9, "batch": 3}, {"visual": 17, "audio": 21, "batch": 5}):
         inputs = tokens(**sizes)
-        torch.testing.assert_close(compiled(*inputs), block(*inputs))
+        with torch.set_grad_enabled(kind == "dense"):  # tracing backward takes as long again
+            torch.testing.assert_close(compiled(*inputs), block(*inputs))
         compiles.add(counter.frame_count)
     assert len(compiles) == 1
 

@@ -1,11 +1,8 @@
 """A step of training: as recorded, with CUDA graphs played by a function that is run again, and as it is."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -175,7 +172,7 @@ def test_a_failure_to_record_is_reported_once_and_training_goes_on(monkeypatch, 
     assert set(counts.values()) == {6}
 
 
-# Runs: with recorded steps, in compiled layers, in two processes.
+# Runs with recorded steps.
 
 
 @pytest.fixture(scope="module")
@@ -238,41 +235,3 @@ def test_steps_that_are_not_finite_end_a_recorded_run(config, tmp_path, recorded
         train.train(Pretrain(config), tmp_path / "run")
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [line["step"] for line in skipped] == [0, 1, 2]
-
-
-WORK = """
-import json, sys
-import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-from avfkernels import layer
-from avfusion import train
-from avfusion.config import PretrainConfig
-from avfusion.tasks.pretrain import Pretrain
-
-torch.set_num_threads(1)
-graphs = CompileCounterWithBackend("aot_eager")
-layer._COMPILED_LAYER, layer._COMPILED_BLOCK = (
-    torch.compile(function, fullgraph=True, dynamic=False, backend=graphs) for function in (layer._fused, layer._block)
-)
-assert train.train(Pretrain(PretrainConfig(**json.loads(sys.argv[1]))), sys.argv[2])
-assert graphs.frame_count == 3, graphs.frame_count  # the layers; the decoders' last blocks, of two lengths
-torch.distributed.barrier()
-"""
-
-
-# Two processes, which start torch and compile.
-def test_two_processes_of_compiled_layers_equal_one_that_is_plain(config, tmp_path):
-    config = replace(config, epochs=1, log_steps=1)
-    assert train.train(Pretrain(replace(config, accumulation=2)), tmp_path / "one")
-    (tmp_path / "work.py").write_text(WORK)
-    settings = json.dumps(asdict(replace(config, compile=True)))
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-            str(tmp_path / "work.py"), settings, str(tmp_path / "two")]  # fmt: skip
-    done = subprocess.run(
-        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    for key, weight in first.items():
-        if not key.endswith("qkv.bias"):
-            torch.testing.assert_close(second[key], weight, rtol=1e-2, atol=1e-3, msg=key)

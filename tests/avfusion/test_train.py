@@ -392,22 +392,29 @@ WORK = """
 import json, os, sys
 from pathlib import Path
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from avfkernels import layer
 from avfusion import train
 from avfusion.config import PretrainConfig
 from avfusion.tasks.pretrain import Pretrain
 
 torch.set_num_threads(1)
+graphs = CompileCounterWithBackend("aot_eager")
+layer._COMPILED_LAYER, layer._COMPILED_BLOCK = (
+    torch.compile(function, fullgraph=True, dynamic=False, backend=graphs) for function in (layer._fused, layer._block)
+)
 for job in json.loads(Path(sys.argv[1]).read_text()):
     seen, noise = [], Pretrain.mask_noise
     Pretrain.mask_noise = lambda task, epoch, index: seen.append(index.tolist()) or noise(task, epoch, index)
     assert train.train(Pretrain(PretrainConfig(**job["config"])), job["out"], resume=True)
     Pretrain.mask_noise = noise
     Path(job["out"], f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
+assert graphs.frame_count == 3, graphs.frame_count  # the layers; the decoders' last blocks, of two lengths
 """
 
 
-# Three runs in two processes, which start torch and FSDP: half a minute.
-def test_two_processes_equal_one_and_ddp_fsdp_and_one_two_one_keep_the_order(config, tmp_path, monkeypatch):
+# Four runs in two processes, which start torch, FSDP and dynamo: most of a minute.
+def test_two_processes_equal_one_and_ddp_compiled_fsdp_and_one_two_one_keep_the_order(config, tmp_path, monkeypatch):
     config = replace(config, drop_path=0.0, tracker="tensorboard", eval_clips=3, eval_epochs=3)
     seen, noise = [], Pretrain.mask_noise
     monkeypatch.setattr(Pretrain, "mask_noise", lambda t, e, index: seen.append(index.tolist()) or noise(t, e, index))
@@ -419,6 +426,7 @@ def test_two_processes_equal_one_and_ddp_fsdp_and_one_two_one_keep_the_order(con
 
     jobs = [
         {"out": str(tmp_path / "ddp"), "config": asdict(config)},
+        {"out": str(tmp_path / "compiled"), "config": asdict(replace(config, compile=True, eval_clips=0))},
         {"out": str(tmp_path / "fsdp"), "config": asdict(replace(config, fsdp=True))},
         {"out": str(tmp_path / "mixed"), "config": asdict(replace(config, tracker="none"))},
     ]
@@ -427,18 +435,18 @@ def test_two_processes_equal_one_and_ddp_fsdp_and_one_two_one_keep_the_order(con
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
             str(tmp_path / "work.py"), str(tmp_path / "jobs.json")]  # fmt: skip
     done = subprocess.run(
-        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=120
+        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
 
     expected, losses = scalars(tmp_path / "one"), final_losses(config, tmp_path / "one")
-    for name in ("ddp", "fsdp"):
+    for name in ("ddp", "compiled", "fsdp"):
         got = scalars(tmp_path / name)
         for tag in ("loss/image", "loss/audio", "gradient norm"):
             for ours, theirs in zip(got[tag], expected[tag], strict=True):
                 assert ours.value == pytest.approx(theirs.value, rel=1e-5), (name, tag, ours.step)
         assert final_losses(config, tmp_path / name) == pytest.approx(losses, rel=1e-5)
-        assert (tmp_path / name / "evaluations.csv").read_text() != ""
+        assert name == "compiled" or (tmp_path / name / "evaluations.csv").read_text() != ""
         assert _together(tmp_path / name) == steps
     assert _together(tmp_path / "mixed") == steps[4:]
     assert final_losses(config, tmp_path / "mixed") == pytest.approx(losses, rel=1e-5)
