@@ -107,7 +107,7 @@ class Captured:
     def __call__(
         self, model: nn.Module, function: Callable, *tensors: Tensor, after: int | None = None
     ) -> tuple[Tensor, ...]:
-        if not self._may(tensors):
+        if not self._may(model, tensors):
             return function(*tensors, compiled=False)
         batch, key = tensors[0].shape[0], _key(tensors)
         name = batch, *key
@@ -133,16 +133,18 @@ class Captured:
         if not recorded:
             return function(*tensors, compiled=True)
         outputs = self.graphs[name](tensors)
-        if outputs is None:  # another model than was recorded
+        if outputs is None:  # another model than was recorded: it has to prove that it stays
             self.graphs.clear()
+            self.seen.clear()
             return function(*tensors, compiled=False)
         return outputs
 
-    def _may(self, tensors: tuple[Tensor, ...]) -> bool:
+    def _may(self, model: nn.Module, tensors: tuple[Tensor, ...]) -> bool:
         device = tensors[0].device
         return (
             not torch.compiler.is_compiling()
             and self.failure is None
+            and not getattr(model, "_is_replica", False)  # of nn.DataParallel, made anew for every call
             and pays(device)
             and not (forced() or transformed())
             and tensors[0].shape[0] > 0
