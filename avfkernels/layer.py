@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, comp
     """
     if compiled and not materialises() and not transformed() and all(map(_untouched, block.modules())):
         with torch._dynamo.config.patch(**DYNAMO):
-            return _COMPILED_BLOCK(block, x, prefix)
+            return _compiled(_block)(block, x, prefix)
     if prefix is None:
         return block(x)
     return block(x, prefix) if getattr(block, "reads_prefix", False) else read_prefix(block, x, prefix)
@@ -148,11 +149,11 @@ def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, c
             if traced:
                 return _fused(*blocks, x_image, x_audio, x_fusion, None)
             if torch.is_grad_enabled():
-                return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, None)
+                return _compiled(_fused)(*blocks, x_image, x_audio, x_fusion, None)
             folded = kept_folds(*blocks, x_image, _absorbs(fusion_block, x_image, x_audio))
             if _beside and x_image.is_cuda and len(x_image) * (x_image.shape[1] + x_audio.shape[1]) <= FEW_ROWS:
                 return _on_two_streams(*blocks, x_image, x_audio, x_fusion, folded)
-            return _COMPILED_LAYER(*blocks, x_image, x_audio, x_fusion, folded)
+            return _compiled(_fused)(*blocks, x_image, x_audio, x_fusion, folded)
     # A fusion block that is not ours is in a layer that is to be as it was. Random numbers are drawn in its order.
     read = run_block if isinstance(fusion_block, FusionBlock) else _released
     next_image, next_audio = read(image_block, x_image, x_fusion), read(audio_block, x_audio, x_fusion)
@@ -229,26 +230,24 @@ def _update(fusion_block, x_fusion, read_v, read_a):
     return fusion_block.update(x_fusion, read_v, read_a)
 
 
-def _compile(function):
-    # By shape: a CUDA graph has one, and what depends on a size is settled when it compiles.
+@cache
+def _compiled(function):
+    # When it is needed: this loads dynamo and Triton. By shape: a CUDA graph has one, and what depends on a size is
+    # settled when it compiles.
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-_COMPILED_BLOCK, _COMPILED_LAYER = _compile(_block), _compile(_fused)
-_COMPILED_READ, _COMPILED_FINISH, _COMPILED_UPDATE = _compile(_read), _compile(_finish), _compile(_update)
 
 
 def _on_two_streams(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, folded):
     """The layer with its fusion branch beside the unimodal ones, while a CUDA graph is recorded."""
     main, side = torch.cuda.current_stream(), _side_stream(x_image.device)
     norm_v, norm_a = fusion_block.norms()
-    *qkv_v, read_v = _COMPILED_READ(image_block, norm_v, folded[0], x_image, x_fusion)
-    *qkv_a, read_a = _COMPILED_READ(audio_block, norm_a, folded[1], x_audio, x_fusion)
+    *qkv_v, read_v = _compiled(_read)(image_block, norm_v, folded[0], x_image, x_fusion)
+    *qkv_a, read_a = _compiled(_read)(audio_block, norm_a, folded[1], x_audio, x_fusion)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        next_fusion = _COMPILED_UPDATE(fusion_block, x_fusion, read_v, read_a)
-    next_image = _COMPILED_FINISH(image_block, x_image, *qkv_v)
-    next_audio = _COMPILED_FINISH(audio_block, x_audio, *qkv_a)
+        next_fusion = _compiled(_update)(fusion_block, x_fusion, read_v, read_a)
+    next_image = _compiled(_finish)(image_block, x_image, *qkv_v)
+    next_audio = _compiled(_finish)(audio_block, x_audio, *qkv_a)
     main.wait_stream(side)  # before anything that both have read is freed
     return next_image, next_audio, next_fusion
 

@@ -33,7 +33,7 @@ CONFIGS |= {
     for kind in ("dense", "factorized")
 }
 if not CUDA:  # a rehearsal: what is compiled on a GPU runs as it is, and what is recorded is run again
-    layer._COMPILED_LAYER, layer._COMPILED_BLOCK = layer._fused, layer._block
+    layer._compiled = lambda function: function
     capture.pays = avfkernels.pays = lambda device: True
     capture.record = lambda function, device: (function(), function)
 

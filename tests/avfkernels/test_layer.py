@@ -1,7 +1,7 @@
 """The fused early-fusion layer against the plain one: output, every gradient, kept weights, when it steps aside."""
 
 import copy
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -70,16 +70,16 @@ def eager_compiler(monkeypatch):
     """What layer.py compiles, compiled without inductor; counts graphs."""
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
-    for name, function in (("LAYER", layer._fused), ("BLOCK", layer._block)):
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=graphs)
-        monkeypatch.setattr(layer, f"_COMPILED_{name}", compiled)
+    monkeypatch.setattr(
+        layer, "_compiled", cache(partial(torch.compile, fullgraph=True, dynamic=False, backend=graphs))
+    )
     return graphs
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The fused layer where it would be compiled."""
-    monkeypatch.setattr(layer, "_COMPILED_LAYER", layer._fused)
+    monkeypatch.setattr(layer, "_compiled", lambda function: function)
 
 
 @pytest.mark.parametrize("absorb_from", [0, 99])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,8 +16,7 @@ from avfusion import AVMAE, DeepAVFusion
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The fused layer where it would be compiled."""
-    monkeypatch.setattr(layer, "_COMPILED_LAYER", layer._fused)
-    monkeypatch.setattr(layer, "_COMPILED_BLOCK", layer._block)
+    monkeypatch.setattr(layer, "_compiled", lambda function: function)
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def test_a_step_is_five_graphs_whatever_the_depth(monkeypatch):
     """One for the encoder's layers, and in the decoders one for each modality's blocks, and one for its last."""
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
-    for name, function in (("LAYER", layer._fused), ("BLOCK", layer._block)):
-        compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=graphs)
-        monkeypatch.setattr(layer, f"_COMPILED_{name}", compiled)
+    monkeypatch.setattr(
+        layer, "_compiled", cache(partial(torch.compile, fullgraph=True, dynamic=False, backend=graphs))
+    )
     model = AVMAE(build(fusion="factorized", depth=3), decoder_dim=32, decoder_depth=3, decoder_num_heads=2)
     model.encoder.compiled = True
     for _ in range(2):

@@ -186,8 +186,7 @@ def config(tmp_path_factory):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The fused layer, as it is."""
-    monkeypatch.setattr(layer, "_COMPILED_LAYER", layer._fused)
-    monkeypatch.setattr(layer, "_COMPILED_BLOCK", layer._block)
+    monkeypatch.setattr(layer, "_compiled", lambda function: function)
     monkeypatch.setattr("avfkernels.CLIPS", 20)
 
 

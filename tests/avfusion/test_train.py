@@ -390,6 +390,7 @@ def final_losses(config, out, step=STEPS):
 
 WORK = """
 import json, os, sys
+from functools import cache, partial
 from pathlib import Path
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -400,9 +401,7 @@ from avfusion.tasks.pretrain import Pretrain
 
 torch.set_num_threads(1)
 graphs = CompileCounterWithBackend("aot_eager")
-layer._COMPILED_LAYER, layer._COMPILED_BLOCK = (
-    torch.compile(function, fullgraph=True, dynamic=False, backend=graphs) for function in (layer._fused, layer._block)
-)
+layer._compiled = cache(partial(torch.compile, fullgraph=True, dynamic=False, backend=graphs))
 for job in json.loads(Path(sys.argv[1]).read_text()):
     seen, noise = [], Pretrain.mask_noise
     Pretrain.mask_noise = lambda task, epoch, index: seen.append(index.tolist()) or noise(task, epoch, index)
