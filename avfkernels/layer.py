@@ -266,10 +266,6 @@ def beside() -> Iterator[None]:
         _beside = previous
 
 
-_SIDE_STREAMS: dict[torch.device, object] = {}
-
-
+@cache
 def _side_stream(device: torch.device):
-    if device not in _SIDE_STREAMS:
-        _SIDE_STREAMS[device] = torch.cuda.Stream(device)
-    return _SIDE_STREAMS[device]
+    return torch.cuda.Stream(device)

@@ -4,6 +4,7 @@ What a graph has recorded has no way back to the host: whether a step is finite,
 learning rates are tensors, and the host reads losses one step late.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -63,7 +64,7 @@ class Step:
         """Takes the step, if losses and gradient are finite; returns what gives them, the norm last."""
         facts = self.facts()
         read = facts.tolist()  # the one place where the host waits for the device
-        if all(map(_finite, read)):
+        if all(map(math.isfinite, read)):
             self.optimizer.step()
         else:
             for x, before in zip(self.running, self.before, strict=True):
@@ -72,12 +73,8 @@ class Step:
         return lambda: read
 
 
-def _finite(x: float) -> bool:
-    return x - x == 0.0
-
-
 class RecordedStep(Step):
-    """The same as CUDA graphs: one for the first part, one for each of the others, one for the update.
+    """The same as CUDA graphs: one for the first part, one for all others, one for the update.
 
     AdamW alone, in one process. Its groups become fused and capturable, their rates tensors. A failure to record is
     reported, once, and what failed runs as it is.

@@ -239,6 +239,7 @@ def train(task: Task, out: str | os.PathLike, *, resume: bool = False) -> bool:
                                 | {name: f"{value:.3g}" for name, value in speed.items()}, refresh=False)  # fmt: skip
             bar.update()
             if stopping:
+                settle(left=0)  # SIGTERM may have come while the step before was read
                 save(step, bad)
                 accelerator.print(f"{out}: stopped by SIGTERM after step {step}, saved; --resume goes on")
                 _finish(accelerator, bar)

@@ -88,23 +88,13 @@ def timing(call: Callable, budget: float = 0.4) -> dict[str, float]:
 
 def captured(call: Callable) -> Callable:
     """The call as a CUDA graph; without a GPU, the call itself. What it computes stays where it was captured."""
-    if not CUDA:
-        return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    result, replay = capture.record(call, DEVICE)
 
-    def replay():
-        graph.replay()
+    def run():
+        replay()
         return result
 
-    return replay
+    return run
 
 
 def check(got, expected, dtype: torch.dtype) -> float:

@@ -7,10 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from played import play_graphs
 from torch import nn
 
 import avfkernels
-from avfkernels import capture, layer
+from avfkernels import layer
 from avfkernels.capture import CLIPS, GRAPHS, Captured
 
 
@@ -27,24 +28,8 @@ class Model(nn.Module):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """CUDA graphs on a CPU: as many as were made; replaying one fills the tensors that recording gave."""
-    made = []
-
-    def record(function, device):
-        for _ in range(capture.WARM_UP):
-            function()
-        outputs = function()
-        made.append(len(outputs[0]))
-
-        def replay():
-            for old, new in zip(outputs, function(), strict=True):
-                old.copy_(new)
-
-        return outputs, replay
-
-    monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(capture, "pays", lambda device: True)
-    return made
+    """The batches that graphs were made for."""
+    return play_graphs(monkeypatch)
 
 
 def batch(size, seed=0):

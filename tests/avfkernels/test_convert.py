@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from authors_style import AVMAE, Encoder
+from played import play_graphs
 from safetensors import safe_open
 from torch import nn
 
@@ -259,23 +260,9 @@ def test_compiles_whole():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As on a GPU, with the fused layer uncompiled and CUDA graphs played; the shapes that were recorded."""
-    made = []
-
-    def record(function, device):
-        outputs = function()
-        made.append(len(outputs[0]))
-
-        def replay():
-            for old, new in zip(outputs, function(), strict=True):
-                old.copy_(new)
-
-        return outputs, replay
-
-    monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(capture, "pays", lambda device: True)
+    """As on a GPU, with the fused layer uncompiled; the batches that graphs were made for."""
     monkeypatch.setattr(layer, "_compiled", lambda function: function)
-    return made
+    return play_graphs(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

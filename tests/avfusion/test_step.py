@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from played import play_graphs
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,26 +47,9 @@ class Host(TorchDispatchMode):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """CUDA graphs on a CPU. What they hold may not read anything on the host."""
-    made = []
-
-    def record(function, device):
-        for _ in range(capture.WARM_UP):
-            function()
-        outputs = function()
-        made.append(function)
-
-        def replay():
-            with Host():
-                new = function()
-            for old, x in zip(outputs, new, strict=True):
-                old.copy_(x)
-
-        return outputs, replay
-
-    monkeypatch.setattr(capture, "record", record)
+    """Graphs that were made. What they hold may not read anything on the host."""
     monkeypatch.setattr("avfkernels.pays", lambda device: True)
-    return made
+    return play_graphs(monkeypatch, replaying=Host)
 
 
 def inputs(seed, batch=4):

@@ -318,6 +318,12 @@ def test_settings_that_cannot_be_run_are_named(config, changes, message, tmp_pat
     assert latest_checkpoint(tmp_path / "run") is None
 
 
+@pytest.mark.parametrize(("mode", "compile"), [("no", False), ("default", True), ("reduce-overhead", True)])
+def test_runs_that_were_compiled_by_mode_are_read(config, tmp_path, mode, compile):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": asdict(config) | {"compile": mode}}))
+    assert load_config(tmp_path / "run.json") == replace(config, compile=compile)
+
+
 def test_an_empty_data_set_is_named_on_the_command_line(config, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as ended:
