@@ -7,23 +7,27 @@ What this package adds to the kernels (timm, torchaudio, PyAV, ...) is the extra
 """
 
 import importlib
+from importlib.metadata import version
 from importlib.util import find_spec
 
 # The public names and where they live: loaded on first use, so that `avfusion --help` is instant, and the model alone
 # needs neither a video decoder nor what reads data sets.
 _NAMES = {
-    "AVMAE": "mae",
-    "CheckpointError": "checkpoint",
-    "ClipError": "clips",
-    "DeepAVFusion": "model",
-    "EncoderConfig": "model",
-    "LogMel": "clips",
-    "load_encoder": "checkpoint",
-    "read_clip": "clips",
-    "save_encoder": "checkpoint",
+    "AVMAE": "models.mae",
+    "CheckpointError": "models.checkpoint",
+    "ClipError": "media.clip",
+    "DeepAVFusion": "models.deepavfusion",
+    "EncoderConfig": "models.deepavfusion",
+    "Features": "embedding.store",
+    "LogMel": "media.transforms",
+    "embed_clips": "embedding.embed",
+    "load_encoder": "models.checkpoint",
+    "load_unimodal": "models.checkpoint",
+    "read_clip": "media.reader",
+    "save_encoder": "models.checkpoint",
 }
 # Import name -> package of the extra `train`.
-_REQUIRES = {"accelerate": "accelerate", "av": "av", "defusedxml": "defusedxml", "einops": "einops",
+_REQUIRES = {"av": "av", "defusedxml": "defusedxml", "einops": "einops",
              "filelock": "filelock", "matplotlib": "matplotlib", "safetensors": "safetensors",
              "sklearn": "scikit-learn", "soundfile": "soundfile", "tensorboard": "tensorboard", "timm": "timm",
              "torchaudio": "torchaudio", "torchvision": "torchvision", "tqdm": "tqdm",
@@ -41,6 +45,8 @@ def _missing() -> str | None:
 
 
 def __getattr__(name):
+    if name == "__version__":
+        return version("avfusion")
     if name not in _NAMES:
         raise AttributeError(f"module 'avfusion' has no attribute {name!r}")
     try:

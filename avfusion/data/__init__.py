@@ -19,6 +19,7 @@ _NAMES = {
     "Row": "table",
     "Shards": "shards",
     "Table": "table",
+    "clips": "samples",
     "pack": "shards",
     "read": "layouts",
     "semantic_masks": "layouts",

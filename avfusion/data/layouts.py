@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree.ElementTree import ParseError
 
+import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
+from PIL import Image
 
+from avfusion.common import unknown
 from avfusion.data.table import (
     LayoutError,
     Row,
@@ -26,14 +29,11 @@ from avfusion.data.table import (
     plain_name,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in fractions of the picture's width and height
 
 
 def read(layout: str, root: str | os.PathLike, split: str | None = None) -> Table:
-    """The table of a data set that lies under `root` in one of `LAYOUTS`; `split` None takes all splits.
+    """The table of a data set that lies under `root` in one of `LAYOUTS`; `split` "all" or None takes all splits.
 
     Raises:
         ValueError: there is no such layout, or no such split in it.
@@ -41,8 +41,8 @@ def read(layout: str, root: str | os.PathLike, split: str | None = None) -> Tabl
             the clips is there.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    root = Path(root)
+        raise ValueError(unknown("layout", layout, LAYOUTS))
+    root, split = Path(root), None if split == "all" else split
     if not root.is_dir():
         raise LayoutError(f"{root}: {'not a directory' if root.exists() else 'no such directory'}")
     table = LAYOUTS[layout](root, split)
@@ -205,11 +205,8 @@ def mask_files(row: Row) -> dict[int, Path]:
     return {int(path.stem): path for path in sorted(files, key=lambda path: int(path.stem))}
 
 
-def read_mask(path: Path) -> "np.ndarray":
+def read_mask(path: Path) -> np.ndarray:
     """Class indices [H, W] uint8. Raises `LayoutError` where the file is no picture of class indices."""
-    import numpy as np
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             mask = np.asarray(image)
@@ -220,7 +217,7 @@ def read_mask(path: Path) -> "np.ndarray":
     return mask
 
 
-def semantic_masks(row: Row) -> "dict[int, np.ndarray]":
+def semantic_masks(row: Row) -> dict[int, np.ndarray]:
     """The masks of an AVSBench clip as `read_mask` reads them, by second."""
     return {second: read_mask(path) for second, path in mask_files(row).items()}
 

@@ -1,4 +1,4 @@
-"""Batches of clips for training and evaluation: which clip comes when, what becomes of those that fail, how to resume.
+"""Batches of clips for training, evaluation and embedding: what becomes of clips that fail, and how to resume.
 
 Everything random about a clip (its window, its frame, its augmentation) is a function of (seed, epoch, index). So the
 batches do not depend on the number of workers, and a resumed run sees what an uninterrupted one would have seen.
@@ -7,183 +7,113 @@ batches do not depend on the number of workers, and a resumed run sees what an u
 import json
 import multiprocessing.connection
 import os
-import re
-import signal
-import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from avfusion.clips import Clip, ClipError, image_transform
-from avfusion.data.table import Row
+from avfusion import distributed
+from avfusion.data.sampler import ClipSampler, random_seed
+from avfusion.data.samples import Item, Source, Tensors, clips
+from avfusion.media.clip import ClipError
 
 REPLACEMENTS = 10  # so many clips in a row must fail before training gives up
 FLOOR = 200  # the share of failures is taken of at least so many clips, or of the whole set if that is smaller
 
 
-class Source(Protocol):
-    """What a loader reads from: a `Table` or `Shards`."""
-
-    rows: "list[Row] | tuple[Row, ...]"
-    classes: tuple[str, ...]
-    sha256: str
-
-    def name(self, index: int) -> str: ...
-
-    def read(self, index: int, **window) -> Clip: ...
-
-
 class Batch(NamedTuple):
     """B clips. `avfusion.LogMel` turns the waveforms into spectrograms, on whatever device they have been moved to."""
 
-    image: Tensor  # [B, 3, H, W] float32, normalised
-    waveform: Tensor  # [B, 1, samples] float32
+    image: Tensor  # [B, 3, H, W] float32, normalised; of two clips each [B, 2, 3, H, W]
+    waveform: Tensor  # [B, 1, samples] float32; of two clips each [B, 2, samples]
     label: Tensor  # [B] int64, -1 where the clip has no single label
     labels: Tensor | None  # [B, classes] float32, 1 for each of a clip's labels; None where the set has none
     index: Tensor  # [B] int64, into the source's rows
-    start: Tensor  # [B] float32, of the waveform in seconds
+    start: Tensor  # [B] float64, of the waveform in seconds
+    mask: Tensor | None = None  # [B, H, W], where samples have masks
 
 
-def random_seed(*numbers: int) -> int:
-    """64 bits that depend on all the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+class Attempt(NamedTuple):
+    """What came of a clip: the item (None: it failed), the failures on the way, and how many clips were tried."""
+
+    item: Item | None
+    errors: list[ClipError]
+    tried: int
 
 
-def order(count: int, seed: int, epoch: int, shards: list[int] | None = None, mix: int = 8) -> Tensor:
-    """The permutation of `count` clips in an epoch.
+class _Attempts(Dataset):
+    """(epoch, index) -> `Attempt`. In training a clip that fails is replaced by another."""
 
-    With the sizes of `shards`, whose clips follow each other, it stays local: the shards are shuffled, and then the
-    clips within every `mix` of them. A reader over the network then needs few shards at a time.
-    """
-    generator = torch.Generator().manual_seed(random_seed(seed, epoch))
-    if not shards:
-        return torch.randperm(count, generator=generator)
-    parts = torch.arange(count).split(shards)
-    shuffled = [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
-    groups = [torch.cat(shuffled[i : i + mix]) for i in range(0, len(shuffled), mix)]
-    return torch.cat([group[torch.randperm(len(group), generator=generator)] for group in groups])
+    def __init__(self, items: Tensors, *, train: bool, seed: int, workers: int):
+        self.items, self.source, self.train, self.seed = items, items.source, train, seed
+        # Shared, of each worker: its process, and the clip that it is reading (-1: none yet).
+        self.at_hand = torch.full((workers, 2), -1).share_memory_()
 
+    def started(self, worker: int) -> None:
+        self.at_hand[worker, 0] = os.getpid()
 
-class ClipSampler(Sampler):
-    """Which clips a rank reads, as lists of (epoch, index), one a batch, from `consumed` clips of `epoch` on.
-
-    Global batches are consecutive parts of the epoch's order, and rank r takes every `world_size`-th clip of them,
-    beginning with the r-th. For training the order is shuffled and its last, incomplete global batch is left out, so
-    that all ranks do the same number of steps: no clip comes twice in an epoch, and fewer than a global batch not at
-    all. For evaluation the order is the table's and every clip comes exactly once, so ranks may differ by a clip.
-    """
-
-    def __init__(
-        self, count: int, batch_size: int, *, train: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-        shards: list[int] | None = None,
-    ):  # fmt: skip
-        self.count, self.batch_size, self.train, self.seed = count, batch_size, train, seed
-        self.rank, self.world_size, self.shards = rank, world_size, shards
-        self.epoch, self.consumed = 0, 0
-
-    @property
-    def global_batch(self) -> int:
-        return self.batch_size * self.world_size
-
-    def rest(self, consumed: int) -> range:
-        """Where the global batches of an epoch begin in its order, for a run that stands at `consumed`."""
-        # A run that resumes with other ranks or another batch size goes on in its own batches from where it stands.
-        left = self.count - consumed
-        return range(consumed, consumed + (left - left % self.global_batch if self.train else left), self.global_batch)
-
-    def __len__(self) -> int:
-        return len(self.rest(0))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, batches = self.epoch, self.rest(self.consumed)
-        clips = order(self.count, self.seed, epoch, self.shards) if self.train else torch.arange(self.count)
-        for at in batches:
-            mine = clips[at : at + self.global_batch][self.rank :: self.world_size]
-            yield [(epoch, index) for index in mine.tolist()]
-
-
-class _Clips(Dataset):
-    """(epoch, index) -> the clip there (None: it failed), the failures on the way, and how many were tried."""
-
-    def __init__(self, source: Source, transform: Callable, *, train: bool, seed: int, gain_db: float, **window):
-        self.source, self.transform, self.train, self.seed = source, transform, train, seed
-        self.gain_db, self.window = gain_db, window
-        self.multi_label = any(row.labels for row in source.rows)
-        self.at_hand: Tensor | None = None  # [workers, 2], shared: the process of each worker, the clip it is reading
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple | None, list[ClipError], int]:
+    def __getitem__(self, key: tuple[int, int]) -> Attempt:
         epoch, index = key
         errors, attempts = [], REPLACEMENTS if self.train else 1
         with torch.random.fork_rng(devices=[]):
             # An evaluation that draws, such as partners to mix, draws the same each time.
             torch.default_generator.manual_seed(random_seed(self.seed, epoch if self.train else 0, index))
             for attempt in range(attempts):
+                if (worker := get_worker_info()) is not None:
+                    self.at_hand[worker.id, 1] = index
                 try:
-                    return self._item(index), errors, attempt + 1
+                    return Attempt(self.items[index], errors, attempt + 1)
                 except ClipError as error:
                     errors.append(error)
+                except Exception as error:  # a bug, or a library's: it ends the run, and says at which clip
+                    what = f"{type(error).__name__} while reading this clip"
+                    raise RuntimeError(f"{self.source.name(index)}: {what}") from error
                 index = random_seed(self.seed, epoch, key[1], attempt) % len(self.source.rows)
-        return None, errors, attempts
+        return Attempt(None, errors, attempts)
 
-    def _item(self, index: int) -> tuple:
-        worker = get_worker_info()
-        if worker is not None:
-            self.at_hand[worker.id] = torch.tensor([os.getpid(), index])
-        try:
-            clip = self.source.read(index, **self.window)
-            image, waveform = self.transform(clip.frame), clip.waveform
-        except ClipError:
-            raise
-        except Exception as error:  # a bug, or a library's: it ends the run, and says at which clip
-            raise RuntimeError(f"{self.source.name(index)}: {type(error).__name__} while reading this clip") from error
-        if self.train and self.gain_db:
-            waveform = waveform * 10 ** (torch.empty(()).uniform_(-self.gain_db, self.gain_db) / 20)
-        return image, waveform, index, clip.start
 
-    def collate(self, found: list) -> tuple[Batch | None, list[ClipError], int]:
-        """A batch of the clips that could be read, None where there is none; all failures; how many were tried."""
-        errors, tried = [error for _, errors, _ in found for error in errors], sum(tried for *_, tried in found)
-        items = [item for item, *_ in found if item is not None]
-        if not items:
-            return None, errors, tried
-        images, waveforms, index, start = zip(*items, strict=True)
-        rows = [self.source.rows[i] for i in index]
-        labels = None
-        if self.multi_label:
-            labels = torch.zeros(len(rows), len(self.source.classes))
-            for line, row in zip(labels, rows, strict=True):
-                line[list(row.labels)] = 1
-        label = torch.tensor([-1 if row.label is None else row.label for row in rows])
-        batch = Batch(torch.stack(images), torch.stack(waveforms), label, labels, torch.tensor(index),
-                      torch.tensor(start, dtype=torch.float32))  # fmt: skip
-        return batch, errors, tried
+def collate(source: Source, attempts: list[Attempt]) -> tuple[Batch | None, list[ClipError], int]:
+    """A batch of the clips that could be read, None where there is none; all failures; how many were tried."""
+    errors, tried = [error for attempt in attempts for error in attempt.errors], sum(a.tried for a in attempts)
+    items = [attempt.item for attempt in attempts if attempt.item is not None]
+    if not items:
+        return None, errors, tried
+    images, waveforms, index, start, masks = zip(*items, strict=True)
+    rows, labels = [source.rows[i] for i in index], None
+    if multi_label(source):
+        labels = torch.zeros(len(rows), len(source.classes))
+        for line, row in zip(labels, rows, strict=True):
+            line[list(row.labels)] = 1
+    label = torch.tensor([-1 if row.label is None else row.label for row in rows])
+    batch = Batch(torch.stack(images), torch.stack(waveforms), label, labels, torch.tensor(index),
+                  torch.tensor(start, dtype=torch.float64),
+                  None if masks[0] is None else torch.stack(masks))  # fmt: skip
+    return batch, errors, tried
+
+
+def multi_label(source: Source) -> bool:
+    """Whether clips may have several labels."""
+    return any(row.labels for row in source.rows)
 
 
 class ClipLoader:
     """Batches of a data set's clips, epoch after epoch; each `iter()` is an epoch, or what is left of one.
 
-    For training, clips are shuffled; window and frame are random; the frame is cropped and mirrored
-    (`avfusion.clips.image_transform`); the sound is louder or softer by up to `gain_db`. A clip that cannot be read is
-    replaced by another, so that batches keep their size: which one is a function of (seed, epoch, index). For
-    evaluation, window and frame are the middle ones, and a clip that cannot be read is left out of its batch.
+    For training, clips are shuffled, and one that cannot be read is replaced by another, so that batches keep their
+    size: which one is a function of (seed, epoch, index). For evaluation, clips come in order, and one that cannot be
+    read is left out of its batch.
 
     Args:
-        source: a `Table` or `Shards`.
+        items: the clips as tensors, by `avfusion.data.clips` or a composition of `avfusion.data.samples`; or their
+            source, a `Table` or `Shards`, of which the defaults of `clips` are taken.
         batch_size: clips a batch, of this rank.
         train: see above.
         seed: of everything random.
-        transform: PIL image -> tensor; may draw from torch's global generator. None: `image_transform(train=train)`.
-        duration, sample_rate: of the window of sound, in seconds and Hz.
-        min_duration: clips with less picture and sound, in seconds, count as failed; sound that is shorter than
-            `duration` is reflected.
-        gain_db: largest change of the volume, in decibels, for training.
         num_workers: processes that decode ahead.
         rank, world_size: this process of how many; None asks torch.distributed, where it is initialised.
         max_failed: the share of clips tried that may fail. It is taken of at least 200 clips (of the whole set if that
@@ -191,21 +121,17 @@ class ClipLoader:
         report: a file to which each clip that failed is added once, a JSON object a line: path, stream, reason, epoch.
             With several ranks each writes its own, <name>.rank<r><suffix>.
 
-    Iterating raises RuntimeError when too many clips have failed, and when a worker dies: then with the clip it was at.
+    `failures` are the clips that have failed, each once, by path. Iterating raises RuntimeError when too many have, and
+    when a worker dies: then with the clips that it was at.
     """
 
     def __init__(
         self,
-        source: Source,
+        items: Tensors | Source,
         batch_size: int,
         *,
         train: bool,
         seed: int = 0,
-        transform: Callable | None = None,
-        duration: float = 3.0,
-        sample_rate: int = 16000,
-        min_duration: float = 1.0,
-        gain_db: float = 6.0,
         num_workers: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
@@ -213,39 +139,31 @@ class ClipLoader:
         report: str | os.PathLike | None = None,
     ):
         if rank is None or world_size is None:
-            there = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if there else 0
-            world_size = torch.distributed.get_world_size() if there else 1
+            rank, world_size = distributed.rank(), distributed.world_size()
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: expected 0 to {world_size - 1}, since world_size={world_size}")
-        count = len(source.rows)
+        items = items if isinstance(items, Tensors) else clips(items, train=train)
+        self.source, self.max_failed, count = items.source, max_failed, len(items.source.rows)
         if train and count < batch_size * world_size:
             raise ValueError(
                 f"batch_size={batch_size} on {world_size} ranks: the set has only {count} clips, take a smaller batch"
             )
-        self.source, self.max_failed = source, max_failed
         self.sampler = ClipSampler(
             count, batch_size, train=train, seed=seed, rank=rank, world_size=world_size,
-            shards=getattr(source, "sizes", None),
+            shards=getattr(self.source, "sizes", None),
         )  # fmt: skip
-        moment = {"start": "random", "frame": "random"} if train else {}
-        self.clips = _Clips(
-            source, transform or image_transform(train=train), train=train, seed=seed, gain_db=gain_db,
-            duration=duration, sample_rate=sample_rate, min_duration=min_duration, **moment,
-        )  # fmt: skip
-        if num_workers:
-            self.clips.at_hand = torch.full((num_workers, 2), -1).share_memory_()
-            _LOADERS.add(self)
+        self.attempts = _Attempts(items, train=train, seed=seed, workers=num_workers)
         self.batches = DataLoader(
-            self.clips, batch_sampler=self.sampler, collate_fn=self.clips.collate, num_workers=num_workers,
-            persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+            self.attempts, batch_sampler=self.sampler, collate_fn=partial(collate, self.source),
+            num_workers=num_workers, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+            worker_init_fn=self.attempts.started,
             generator=torch.Generator(),  # of the workers' seeds, which nothing uses: spares the global generator
         )  # fmt: skip
         self.epoch = self.consumed = self.tried = self.failed = 0
         self.report = Path(report) if report is not None else None
         if self.report and world_size > 1:
             self.report = self.report.with_name(f"{self.report.stem}.rank{rank}{self.report.suffix}")
-        self._reported = _reported(self.report) if self.report else set()
+        self.failures: dict[str, ClipError] = _reported(self.report) if self.report else {}
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -255,9 +173,13 @@ class ClipLoader:
         if self.consumed and not self.sampler.rest(self.consumed):  # left after the last batch
             self.epoch, self.consumed = self.epoch + 1, 0
         self.sampler.epoch, self.sampler.consumed = self.epoch, self.consumed
-        batches = iter(self.batches)
-        _name_clips_of_dead_workers()
-        while (found := self._next(batches)) is not None:
+        with naming_dead_workers(self):
+            batches = iter(self.batches)
+        while True:
+            with naming_dead_workers(self):
+                found = next(batches, None)
+            if found is None:
+                break
             batch, errors, tried = found
             self.consumed += self.sampler.global_batch
             self._count(errors, tried)
@@ -265,24 +187,22 @@ class ClipLoader:
                 yield batch
         self.epoch, self.consumed = self.epoch + 1, 0
 
-    def _next(self, batches: Iterator) -> tuple[Batch | None, list[ClipError], int] | None:
-        try:
-            return next(batches, None)
-        except (OSError, EOFError) as error:  # a worker died while it was handing tensors over
-            if not self.batches.num_workers:
-                raise
-            raise RuntimeError(_with_clips(f"DataLoader worker (pid unknown) is gone: {error!r}.")) from error
-        except RuntimeError as error:
-            if not DEAD_WORKER.match(str(error)):
-                raise
-            raise RuntimeError(_with_clips(str(error))) from error
+    def some(self, rows: list[int]) -> Batch:
+        """A batch of the clips in these rows, read in this process; those that cannot be read are left out.
+
+        Raises ValueError where none can be read.
+        """
+        batch, errors, _ = collate(self.source, [self.attempts[0, row] for row in rows])
+        if batch is None:
+            raise ValueError(f"none of the clips can be read, for instance: {errors[0] if errors else 'no clips'}")
+        return batch
 
     def _count(self, errors: list[ClipError], tried: int) -> None:
         self.tried += tried
         self.failed += len(errors)
+        new = {error.path: error for error in errors if error.path not in self.failures}
+        self.failures |= new
         if self.report:
-            new = {error.path: error for error in errors if error.path not in self._reported}
-            self._reported.update(new)
             facts = (
                 {"path": e.path, "stream": e.stream, "reason": e.reason, "epoch": self.epoch} for e in new.values()
             )
@@ -292,7 +212,7 @@ class ClipLoader:
             raise RuntimeError(
                 f"{self.failed} of {self.tried} clips have failed, more than max_failed={self.max_failed:.0%}; "
                 + (f"the last is {errors[-1]}; " if errors else "")
-                + (f"all are in {self.report}" if self.report else "report= lists them")
+                + (f"all are in {self.report}" if self.report else "`failures` lists them")
             )
 
     def state_dict(self) -> dict:
@@ -311,53 +231,55 @@ class ClipLoader:
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         self.tried, self.failed = state["tried"], state["failed"]
 
+    def held_by_dead_workers(self, wait: float = 0.0) -> list[str] | None:
+        """The clips that workers were reading when they died; None where all live.
 
-# How torch begins its error when a worker dies, unless it names the clip already.
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?!.* was reading )")
-_LOADERS: "weakref.WeakSet[ClipLoader]" = weakref.WeakSet()  # those with workers
-
-
-def _with_clips(error: str) -> str:
-    """An error about dead workers, and what they were reading."""
-    running = multiprocessing.active_children()
-    at_hand = [(pid, loader.source.name(index)) for loader in _LOADERS for pid, index in loader.clips.at_hand.tolist()
-               if pid >= 0]  # fmt: skip
-    if {pid for pid, _ in at_hand} <= {child.pid for child in running}:  # one has closed its files and is about to end
-        ended = multiprocessing.connection.wait([child.sentinel for child in running], timeout=5)
-        for child in running:
-            if child.sentinel in ended:
-                child.join(timeout=5)  # the system closes its end of the sentinel before the process is gone
-        running = multiprocessing.active_children()
-    names = [name for pid, name in at_hand if pid not in {child.pid for child in running}]
-    return f"{error.rstrip(' .')}. It was reading {', '.join(names) or 'nothing yet'}"
+        `wait` seconds for one that has closed its files and is about to end.
+        """
+        workers = {pid: index for pid, index in self.attempts.at_hand.tolist() if pid >= 0}
+        living = {child.pid: child for child in multiprocessing.active_children() if child.pid in workers}
+        if wait and len(living) == len(workers):
+            for sentinel in multiprocessing.connection.wait([child.sentinel for child in living.values()], wait):
+                # The system closes its end of the sentinel before the process is gone.
+                next(child for child in living.values() if child.sentinel == sentinel).join(wait)
+            living = {child.pid for child in multiprocessing.active_children()}
+        dead = [index for pid, index in workers.items() if pid not in living]
+        return [self.source.name(index) for index in dead if index >= 0] if dead else None
 
 
-def _name_clips_of_dead_workers() -> None:
-    """Have torch's handler of SIGCHLD name the clip: it raises wherever the main thread is, as in a training step."""
-    torchs = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    main = threading.current_thread() is threading.main_thread()
-    if not callable(torchs) or hasattr(torchs, "names_clips") or not main:
-        return
+@contextmanager
+def naming_dead_workers(*loaders: ClipLoader) -> Iterator[None]:
+    """Adds to the error of a worker's death the clips that it held.
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        try:
-            torchs(number, frame)
-        except RuntimeError as error:
-            raise RuntimeError(_with_clips(str(error))) from error
+    torch raises that error wherever the main thread is, as in a training step.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        closing = 0.0 if isinstance(error, RuntimeError) else 5.0  # it has died while it was handing tensors over
+        for loader in loaders:
+            held = loader.held_by_dead_workers(closing)
+            if held is not None and not hasattr(error, "held"):
+                died = RuntimeError(
+                    f"a worker has died while it was reading {', '.join(held) or 'nothing yet'} "
+                    f"({type(error).__name__}: {error}). Where memory ran out, take fewer workers"
+                )
+                died.held = held
+                raise died from error
+        raise
 
-    handler.names_clips = True
-    signal.signal(signal.SIGCHLD, handler)
 
-
-def _reported(path: Path) -> set[str]:
+def _reported(path: Path) -> dict[str, ClipError]:
     """The clips that a report names."""
-    paths, text = set(), path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text and not text.endswith("\n"):  # a run that was killed left its last line incomplete
         with open(path, "a", encoding="utf-8") as file:
             file.write("\n")
+    found = {}
     for line in text.splitlines():
         try:
-            paths.add(json.loads(line)["path"])
-        except ValueError:
+            fact = json.loads(line)
+            found[fact["path"]] = ClipError(fact["path"], fact["stream"], fact["reason"])
+        except (ValueError, KeyError):
             continue
-    return paths
+    return found

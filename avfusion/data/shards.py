@@ -28,10 +28,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from avfusion.clips import Clip, ClipError, read_whole
-from avfusion.data.loader import FLOOR, order
-from avfusion.data.stills import read_whole_stills, still_clip
-from avfusion.data.table import LayoutError, Row, Table, check_split
+from avfusion.common import write_json, write_text, writing
+from avfusion.data.loader import FLOOR
+from avfusion.data.sampler import order
+from avfusion.data.table import LayoutError, Row, Table, check_split, read_whole_row
+from avfusion.media.clip import Clip, ClipError
+from avfusion.media.stills import still_clip
 
 FORMAT = "avfusion-shards-1"
 SAMPLE_RATE = 16000
@@ -47,12 +49,9 @@ class _Encoder(Dataset):
     def __getitem__(self, index: int) -> tuple[dict[str, bytes], list[float]] | ClipError:
         row = self.table.rows[index]
         try:
-            if row.audio is None:
-                frames, waveform = read_whole(
-                    row.path, frame_rate=self.frame_rate, sample_rate=SAMPLE_RATE, transform=self._jpeg
-                )
-            else:
-                frames, waveform = read_whole_stills(row.path, row.audio, sample_rate=SAMPLE_RATE, transform=self._jpeg)
+            frames, waveform = read_whole_row(
+                row, frame_rate=self.frame_rate, sample_rate=SAMPLE_RATE, transform=self._jpeg
+            )
         except ClipError as error:
             return error
         except Exception as error:  # a bug, or a library's: it ends the run, and says at which clip
@@ -138,7 +137,7 @@ def pack(
                 _write(out / f"{number:05d}.tar", samples, made, failed)
             tried, errors = tried + len(part), errors + failed
             lines = (json.dumps({"path": e.path, "stream": e.stream, "reason": e.reason}) + "\n" for e in errors)
-            (out / "failed.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_text(out / "failed.jsonl", "".join(lines))
             if len(errors) > max_failed * max(tried, min(FLOOR, len(clips))):
                 raise RuntimeError(
                     f"{len(errors)} of {tried} clips have failed, more than max_failed={max_failed:.0%}; the last is "
@@ -158,7 +157,7 @@ def pack(
             for number, shard in enumerate(shards)
         ],
     }
-    _write_json(out / "index.json", index)
+    write_json(out / "index.json", index, separators=(",", ":"))
     return errors
 
 
@@ -178,28 +177,26 @@ def _encoded(table: Table, part: list[int], encoded: Iterator, failed: list[Clip
 
 def _write(tar: Path, samples: Iterator[dict], made: dict, failed: list[ClipError]) -> None:
     """A shard, and then its index: facts of every clip, and offset, size and CRC of its frames and, last, its sound."""
-    part, listed = tar.with_name(f".{tar.name}.part"), []
-    with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
-        for sample in samples:
-            writer.write(sample)
-            checks = {
-                f"{sample['__key__']}.{name}": zlib.crc32(sample[name]) for name in sorted(sample) if name[0] != "_"
-            }
-            listed.append((json.loads(sample["json"]), checks))
-    with tarfile.open(part) as archive:
-        members = {member.name: member for member in archive}
+    listed = []
+    with writing(tar) as part:
+        with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+            for sample in samples:
+                writer.write(sample)
+                checks = {
+                    f"{sample['__key__']}.{name}": zlib.crc32(sample[name]) for name in sorted(sample) if name[0] != "_"
+                }
+                listed.append((json.loads(sample["json"]), checks))
+        with tarfile.open(part) as archive:
+            members = {member.name: member for member in archive}
     for facts, checks in listed:
         facts["files"] = [
             [members[name].offset_data, members[name].size, crc]
             for name, crc in checks.items()
             if not name.endswith(".json")
         ]
-    os.replace(part, tar)
-    tar_facts = {"bytes": tar.stat().st_size, "sha256": _sha256(tar)}
-    samples = [facts for facts, _ in listed]
-    _write_json(
-        tar.with_suffix(".json"), {"made": made, **tar_facts, "samples": samples, "failed": [e.args for e in failed]}
-    )
+    facts = {"made": made, "bytes": tar.stat().st_size, "sha256": _sha256(tar)}
+    facts |= {"samples": [sample for sample, _ in listed], "failed": [e.args for e in failed]}
+    write_json(tar.with_suffix(".json"), facts, separators=(",", ":"))
 
 
 def _finished(index: Path, made: dict) -> dict | None:
@@ -212,12 +209,6 @@ def _finished(index: Path, made: dict) -> dict | None:
         raise ValueError(f"{index}: a shard made with another {different}: choose another folder, or delete this one")
     tar = index.with_suffix(".tar")
     return shard if tar.exists() and tar.stat().st_size == shard["bytes"] else None
-
-
-def _write_json(path: Path, content: dict) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    os.replace(part, path)
 
 
 def _sha256(path: Path) -> str:
@@ -233,7 +224,7 @@ class Shards:
 
     Args:
         location: the folder that `pack` wrote, or the https address that it is served at.
-        split: only the clips of this split; None: all of them.
+        split: only the clips of this split; None or "all": all of them.
         cache: for an address: a folder to keep what has been fetched, for each index in a folder of its own. A shard is
             fetched when a clip of it is first needed, and checked against the hash in the index.
         allow_http: fetch over plain http too. Other schemes, such as the `pipe:` of WebDataset, which runs a command
@@ -248,6 +239,7 @@ class Shards:
         self, location: str | os.PathLike, split: str | None = None, *, cache: str | os.PathLike | None = None,
         allow_http: bool = False,
     ):  # fmt: skip
+        split = None if split == "all" else split
         self.location, self.schemes = os.fspath(location), ("https", "http") if allow_http else ("https",)
         scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):", self.location)
         if scheme and scheme[1] not in self.schemes:

@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from avfusion.clips import Clip
+from torch import Tensor
+
+from avfusion.common import unknown
+from avfusion.media.clip import Clip
+from avfusion.media.reader import read_clip, read_whole
+from avfusion.media.stills import read_stills, read_whole_stills
 
 VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm")
 
@@ -49,7 +53,8 @@ class Table:
     def __post_init__(self):
         digest = hashlib.sha256(json.dumps([self.layout, *self.classes]).encode())
         for row in self.rows:
-            fact = [row.id, row.path.relative_to(self.root).as_posix(), row.label, row.labels, row.split]
+            path = row.path.relative_to(self.root) if row.path.is_relative_to(self.root) else row.path
+            fact = [row.id, path.as_posix(), row.label, row.labels, row.split]
             digest.update(json.dumps(fact).encode())
         object.__setattr__(self, "sha256", digest.hexdigest())
 
@@ -71,13 +76,17 @@ class Table:
         """The path to show for a row."""
         return os.fspath(self.rows[index].path)
 
-    def read(self, index: int, **window) -> "Clip":
+    def read(self, index: int, **window) -> Clip:
         """`avfusion.read_clip` for a row, whatever kind of files it has. Raises `ClipError`."""
-        from avfusion.clips import read_clip
-        from avfusion.data.stills import read_stills
-
         row = self.rows[index]
         return read_clip(row.path, **window) if row.audio is None else read_stills(row.path, row.audio, **window)
+
+
+def read_whole_row(row: Row, *, frame_rate: float, sample_rate: int, transform: Callable) -> tuple[list, Tensor]:
+    """`avfusion.media.reader.read_whole` for a row, whatever kind of files it has. Raises `ClipError`."""
+    if row.audio is None:
+        return read_whole(row.path, frame_rate=frame_rate, sample_rate=sample_rate, transform=transform)
+    return read_whole_stills(row.path, row.audio, sample_rate=sample_rate, transform=transform)
 
 
 def csv_rows(
@@ -139,7 +148,7 @@ def parse_key(text: str, where: str) -> tuple[str, int]:
 
 def check_split(split: str | None, splits: Iterable[str]) -> None:
     if split is not None and split not in splits:
-        raise ValueError(f"split={split!r}: expected {', '.join(splits) or 'None, this layout has no splits'}")
+        raise ValueError(unknown("split", split, [*splits, "all"]))
 
 
 @cache

@@ -1,6 +1,6 @@
 """Retrieval of one modality by the other: recall at k and median rank.
 
-Retrieval by label within one set of features is `avfusion.probe.leave_one_out_accuracy`.
+Retrieval by label within one set of features is `avfusion.metrics.neighbours.leave_one_out_accuracy`.
 """
 
 from collections.abc import Sequence

@@ -18,8 +18,9 @@ import copy
 import math
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
+
+from avfusion import distributed
 
 BETA2 = 0.3
 EPS = 1e-10
@@ -37,7 +38,7 @@ class _Frames:
     def of_all_processes(self) -> "_Frames":
         """The same metric with what every process has gathered; all of them have to call it."""
         everything = copy.copy(self)
-        parts = gather_object([{name: getattr(self, name) for name in self.gathered}])
+        parts = distributed.gather([{name: getattr(self, name) for name in self.gathered}])
         for name in self.gathered:
             setattr(everything, name, [x for part in parts for x in part[name]])
         return everything

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import NMF
 from torch import Tensor
 
-from avfusion.clips import LogMel
+from avfusion.media.transforms import LogMel
 
 CHUNK = 128  # mixtures whose factorisations go side by side
 CACHED = 4  # mixtures whose spectra do
@@ -139,7 +139,7 @@ def apply_mask(mixture: Tensor, mask: Tensor, mel: LogMel) -> Tensor:
     A bin of the spectrum gets the mean of the masks of the bands that it is in, weighted as the filter bank weights
     them; bins in no band get that of the nearest.
     """
-    spectrum = torch.stft(mixture, mel.n_fft, mel.hop, window=mel.window, return_complex=True)
+    spectrum = _stft(mixture, mel)
     weight = mel.fbanks.clone()  # [bins, mels]
     bins = torch.arange(len(weight), device=weight.device)
     centers = weight.T @ bins.to(weight.dtype) / weight.sum(0).clamp(min=1e-12)
@@ -147,8 +147,7 @@ def apply_mask(mixture: Tensor, mask: Tensor, mel: LogMel) -> Tensor:
         weight[index, (centers - index).abs().argmin()] = 1
     gain = (weight / weight.sum(1, keepdim=True)) @ mask.to(spectrum.real.dtype)
     last = gain[..., -1:].expand(-1, -1, spectrum.shape[-1] - gain.shape[-1])  # the spectrogram drops the last frame
-    spectrum = spectrum * torch.cat((gain, last), dim=-1)
-    return torch.istft(spectrum, mel.n_fft, mel.hop, window=mel.window, length=mixture.shape[-1])
+    return _istft(spectrum * torch.cat((gain, last), dim=-1), mel, mixture.shape[-1])
 
 
 def nmf(mixture: Tensor, sources: Tensor, mel: LogMel, components: int = 16, seed: int = 0) -> Tensor:

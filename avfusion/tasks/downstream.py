@@ -1,37 +1,65 @@
-"""What the downstream tasks share: an encoder to start from, labels that must agree, a run that can be loaded again."""
+"""What tasks on top of an encoder share: where it starts from, labels that must agree; a run loaded, evaluated, asked.
+
+What is found goes where people look: JSON, CSV, pictures, sounds.
+"""
 
 import json
+import math
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import soundfile
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from avfusion.checkpoint import CheckpointError, load_encoder
-from avfusion.clips import Clip
-from avfusion.data.loader import Source
-from avfusion.model import DeepAVFusion, EncoderConfig
-from avfusion.optim import layer_decay_groups
-from avfusion.runs import latest_checkpoint
-from avfusion.tasks.configs import DownstreamConfig
-from avfusion.tasks.registry import TASKS, task_class
-from avfusion.tasks.task import Task
+from avfusion.common import setting, write_json
+from avfusion.data.samples import Source
+from avfusion.media.clip import Clip
+from avfusion.media.transforms import whole_frame
+from avfusion.models.checkpoint import CheckpointError, load_encoder
+from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
+from avfusion.tasks import DOWNSTREAM, task_class
+from avfusion.training.config import Checked, TrainConfig
+from avfusion.training.optim import layer_decay_groups
+from avfusion.training.run_folder import latest_checkpoint, write_csv
+from avfusion.training.task import Task, autocast, device_of
+from avfusion.viz.plots import plot_curve, plot_overlay
+
+SHOWN = 4  # clips among the best, and among the worst
+# Presets: `paper` are those of the authors' released configuration files, with the batch of one of their GPUs; `tiny`
+# run on synthetic clips in minutes.
+TRAINED = {"blr": 3e-4, "weight_decay": 0.05, "batch_size": 128}
+SMALL = {"workers": 2, "synth_classes": 6, "batch_size": 32}
 
 
-def encoder_file(path: str) -> Path:
-    """The file with an encoder's weights that `path` names: itself, or the last checkpoint of a run.
+@dataclass(frozen=True)
+class EncoderSettings(Checked):
+    weights: str = setting("", "pre-trained weights: a run of `avfusion pretrain`, or a file that `load_encoder` reads",
+                           name="encoder")  # fmt: skip
+    from_scratch: bool = setting(False, "start from random weights, of the shape of --encoder or else the paper's")
+    drop_path: float = setting(0.0, "stochastic depth of the encoder")
+    layer_decay: float = setting(0.75, "share of the learning rate that a layer gets of the next one's")
 
-    Raises CheckpointError where a folder is no run.
-    """
-    if not Path(path).is_dir():
-        return Path(path)
-    last = latest_checkpoint(Path(path))
-    if last is None:
-        raise CheckpointError(f"{path}: no checkpoint of a run in this folder")
-    return last / "model.safetensors"
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.weights and not self.from_scratch:
+            raise ValueError(
+                "encoder: give pre-trained weights, --encoder RUN or FILE, or ask for random ones by --from-scratch"
+            )
+
+
+@dataclass(frozen=True)
+class DownstreamConfig(TrainConfig):
+    """A task on top of an encoder. Raises ValueError where it has no weights and none are renounced."""
+
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+
+    def check_new(self) -> None:
+        """Raises ValueError for settings that a run cannot be trained with; one that has been can be loaded."""
 
 
 @dataclass
@@ -49,35 +77,45 @@ class Downstream(Task):
     `classes` are those of the training data: known from `open` on, or from the run that a model is loaded from.
     """
 
+    settings = DownstreamConfig
+    measures: ClassVar[str]
     needs_labels = True
+    multi_label = False  # of a run that is loaded: whether its clips may have several labels
 
-    def __init__(self, config: DownstreamConfig, encoder_config: EncoderConfig | None = None, classes=()):
-        self.pretrained = None
+    def __init__(
+        self, config: DownstreamConfig, encoder_config: EncoderConfig | None = None, classes: Sequence[str] = ()
+    ):
+        self.pretrained, start = None, config.encoder
         if encoder_config is None:  # a new run
             config.check_new()
             encoder_config = EncoderConfig()
-            if config.encoder:
-                self.pretrained = load_encoder(encoder_file(config.encoder))
+            if start.weights:
+                self.pretrained = load_encoder(encoder_file(start.weights))
                 encoder_config = self.pretrained.config
-            encoder_config = replace(encoder_config, drop_path=config.drop_path)
+            encoder_config = replace(encoder_config, drop_path=start.drop_path)
         self.classes = tuple(classes)
         super().__init__(config, encoder_config)
 
+    def check(self) -> None:
+        known, self.classes = self.classes, self.classes or ("any", "other")
+        super().check()
+        self.classes = known
+
     def build_encoder(self, *, weights: bool) -> DeepAVFusion:
         encoder = DeepAVFusion(self.encoder_config)
-        if weights and not self.config.from_scratch:
+        if weights and not self.config.encoder.from_scratch:
             encoder.load_state_dict(self.pretrained.state_dict())
         return encoder
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        config = self.config
-        groups = layer_decay_groups(model, decay=config.layer_decay, weight_decay=config.weight_decay)
-        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
+        optim, decay = self.config.optim, self.config.encoder.layer_decay
+        groups = layer_decay_groups(model, decay=decay, weight_decay=optim.weight_decay)
+        return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas)
 
     def read(self, where: str, split: str) -> Source:
         source = super().read(where, split)
         if self.needs_labels and not source.classes:
-            raise ValueError(f"{where}: the layout {self.config.layout} has no labels, which {self.name} needs")
+            raise ValueError(f"{where}: the layout {self.config.data.layout} has no labels, which {self.name} needs")
         if self.needs_labels and self.classes and tuple(source.classes) != self.classes:
             raise ValueError(f"{where}: its {len(source.classes)} classes are not the {len(self.classes)} of training")
         self.classes = tuple(source.classes)
@@ -87,9 +125,34 @@ class Downstream(Task):
     def predict(self, model: nn.Module, clip: Clip) -> Prediction:
         """What the model, in evaluation mode, says of one clip."""
 
-    def inputs_of(self, clip: Clip, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A batch of one."""
-        return self.transform(clip.frame)[None].to(device), self.mel.to(device)(clip.waveform[None].to(device))
+    def inputs_of(self, clip: Clip, device: torch.device, *, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """A batch of one; `whole` squeezes the frame instead of cropping it."""
+        transform = whole_frame(self.encoder_config.image_size) if whole else self.frame_transform
+        return transform(clip.frame)[None].to(device), self.mel.to(device)(clip.waveform[None].to(device))
+
+    draw_curve = staticmethod(plot_curve)
+
+
+def samples_of(source: Source, index: Tensor, scores: Iterable[float], **columns: Iterable) -> list[dict[str, Any]]:
+    """The rows of `Result.samples`: of clips `index` [N], their scores, and more columns by name."""
+    rows = [{"row": i, "clip": source.name(i), "score": score} for i, score in zip(index.tolist(), scores, strict=True)]
+    for name, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
+    return rows
+
+
+def encoder_file(path: str) -> Path:
+    """The file with an encoder's weights that `path` names: itself, or the last checkpoint of a run.
+
+    Raises CheckpointError where a folder is no run.
+    """
+    if not Path(path).is_dir():
+        return Path(path)
+    last = latest_checkpoint(Path(path))
+    if last is None:
+        raise CheckpointError(f"{path}: no checkpoint of a run in this folder")
+    return last / "model.safetensors"
 
 
 def load_run(run: Path, expected: str | None = None) -> tuple[Downstream, nn.Module]:
@@ -102,13 +165,76 @@ def load_run(run: Path, expected: str | None = None) -> tuple[Downstream, nn.Mod
         raise ValueError(f"{run}: no checkpoint of a run in this folder")
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     name = facts.get("task")
-    if name not in TASKS or expected not in (None, name):
-        raise ValueError(f"{run}: a run of {name}, expected one of {expected or ', '.join(TASKS)}")
-    settings, *_ = TASKS[name]
+    if name not in DOWNSTREAM or expected not in (None, name):
+        raise ValueError(f"{run}: a run of {name}, expected one of {expected or ', '.join(DOWNSTREAM)}")
+    cls = task_class(name)
     with safe_open(last / "model.safetensors", "pt") as file:
         encoder_config = EncoderConfig(**json.loads(file.metadata()["config"]))
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-    task = task_class(name)(settings(**facts["settings"]), encoder_config, facts["data"].get("classes", ()))
+    task = cls(cls.settings.of(**facts["settings"]), encoder_config, facts["data"].get("classes", ()))
+    task.multi_label = facts["data"].get("multi_label", _layout(task.config) in ("audioset", "music"))
     model = task.build()
     model.load_state_dict(weights)
     return task, model.eval()
+
+
+def _layout(config: DownstreamConfig) -> str:
+    """Of the data of a run from before 0.2, whose run.json does not tell whether clips may have several labels."""
+    index = Path(config.data.path, "index.json")
+    packed = config.data.layout == "shards" and index.is_file()
+    return json.loads(index.read_text(encoding="utf-8"))["layout"] if packed else config.data.layout
+
+
+def evaluate_run(
+    run: Path, expected: str, out: Path, *, device: torch.device, dtype: torch.dtype = torch.float32, **changes
+) -> dict[str, float]:
+    """Evaluate a run's last checkpoint, on the data of its settings but for `changes` of these.
+
+    Writes to `out`: summary.json, samples.csv (a row a clip) and best.png and worst.png by score. Returns the summary.
+    """
+    task, model = load_run(run, expected)
+    task.config, task.thorough = task.config.but(**changes), True
+    model.to(device).encoder.compiled = task.config.run.compile
+    source = task.open_evaluation()
+    batch = min(task.config.optim.batch_size, max(len(source.rows), 1))
+    loader = task.loader(source, batch, train=False, rank=0, world_size=1)
+    with torch.no_grad():
+        result = task.evaluate(model, loader, dtype)
+    facts = {"run": run.name, "task": task.name, "clips": len(result.samples), "sha256": source.sha256}
+    write_json(out / "summary.json", facts | {"summary": result.summary}, indent=1)
+    if result.samples:
+        write_csv(out / "samples.csv", result.samples)
+        scored = [sample for sample in result.samples if math.isfinite(sample["score"])]  # a silent source has no SDR
+        ranked = [sample["row"] for sample in sorted(scored, key=lambda sample: -sample["score"])]
+        for name, rows in (("best", ranked[:SHOWN]), ("worst", ranked[::-1][:SHOWN])):
+            if rows:
+                task.draw(model, loader, rows, out / f"{name}.png")
+    return result.summary
+
+
+@torch.no_grad()
+def predict(task: Downstream, model: nn.Module, clip: Clip, dtype: torch.dtype = torch.float32) -> Prediction:
+    """`task.predict`, in autocast to `dtype`."""
+    with autocast(device_of(model), dtype):
+        return task.predict(model, clip)
+
+
+def write_prediction(prediction: Prediction, clip: Clip, folder: Path) -> list[Path]:
+    """Write <clip's name>.json, a picture a map and a sound file a sound; returns the files.
+
+    A clip of the same name in another folder gets a number.
+    """
+    stem, number = Path(clip.path).stem, 1
+    while (file := folder / f"{stem}.json").exists() and json.loads(file.read_text())["clip"] != str(clip.path):
+        number += 1
+        stem = f"{Path(clip.path).stem}-{number}"
+    files = [folder / f"{stem}.json"]
+    facts = {"clip": str(clip.path), "start": clip.start, "frame_time": clip.frame_time} | prediction.facts
+    write_json(files[0], facts, indent=1)
+    for name, values in prediction.maps.items():
+        files.append(folder / f"{stem}-{name.replace(' ', '-')}.png")
+        plot_overlay(files[-1], clip.frame, values)
+    for name, samples in prediction.sounds.items():
+        files.append(folder / f"{stem}-{name.replace(' ', '-')}.wav")
+        soundfile.write(files[-1], samples.clamp(-1, 1).cpu().numpy(), 16000)
+    return files

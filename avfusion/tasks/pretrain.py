@@ -1,28 +1,66 @@
-"""Masked audio-visual pre-training (Eqs. 12-14) as a task: `AVMAE`, probed by nearest neighbours on the way."""
+"""Masked audio-visual pre-training (Eqs. 12-14): `AVMAE`, probed by nearest neighbours on the way.
+
+Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from avfusion.checkpoint import load_unimodal
-from avfusion.config import PretrainConfig
-from avfusion.data.loader import Batch, ClipLoader, Source
-from avfusion.mae import AVMAE
-from avfusion.model import DeepAVFusion
-from avfusion.optim import adamw
-from avfusion.plots import plot_reconstructions
-from avfusion.probe import probe
-from avfusion.tasks.task import Result, Task, clips_of, one_label
+from avfusion import distributed
+from avfusion.common import setting
+from avfusion.data.loader import Batch, ClipLoader
+from avfusion.data.samples import Selection, Source, one_label
+from avfusion.embedding.embed import pooled_features
+from avfusion.metrics.neighbours import chance, leave_one_out_accuracy
+from avfusion.models.checkpoint import load_unimodal
+from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
+from avfusion.models.mae import AVMAE
+from avfusion.training.config import TrainConfig
+from avfusion.training.optim import adamw
+from avfusion.training.task import Result, Task
+from avfusion.viz.plots import plot_curve, plot_reconstructions
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """A pre-training run: the encoder, the decoders, the masks."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder_dim: int = setting(512, "width of the decoders")
+    decoder_depth: int = setting(8, "their layers")
+    decoder_num_heads: int = setting(16, "their heads")
+    image_mask_ratio: float = setting(0.75, "share of image patches that is hidden")
+    audio_mask_ratio: float = setting(0.8, "share of spectrogram patches that is hidden")
+    norm_loss: bool = setting(True, "normalise each target patch")
+    image_weights: str = setting("", "pre-trained image ViT to start from: a file, or a name such as "
+                                     "vit_base_patch16_224.mae that timm fetches")  # fmt: skip
+    audio_weights: str = setting("", "pre-trained audio ViT to start from, likewise")
+
+
+PRESETS = {
+    "paper-vggsound": {"dtype": "bf16"},
+    "paper-audioset": {"layout": "audioset", "split": "unbalanced_train", "eval_split": "eval", "batch_size": 2048,
+                       "dtype": "bf16"},
+    "tiny": {"data": "data/tiny", "synth_clips": 1000, "synth_classes": 6, "workers": 2, "dim": 96, "depth": 4,
+             "num_heads": 4, "image_size": (64, 64), "fusion_tokens": 8, "image_agg_tokens": 4,
+             "audio_agg_tokens": 4, "decoder_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4, "epochs": 12,
+             "batch_size": 32, "blr": 8e-3, "warmup_epochs": 2.0, "eval_epochs": 4},
+}  # fmt: skip
 
 
 class Pretrain(Task):
     name = "pretrain"
+    settings = PretrainConfig
+    measures = "the loss, and how often the nearest neighbour of a clip has the same label"
+    presets = PRESETS
 
     def __init__(self, config: PretrainConfig):
-        super().__init__(config, config.encoder())
+        super().__init__(config, config.encoder)
         self.grids = self.encoder_config.image_grid, self.encoder_config.audio_grid
 
     def build(self, *, weights: bool = False) -> AVMAE:
@@ -37,12 +75,25 @@ class Pretrain(Task):
 
     def optimizer(self, model: AVMAE) -> torch.optim.Optimizer:
         started = [f"encoder.{name}." for name in ("image", "audio") if getattr(self.config, f"{name}_weights")]
-        return adamw(model, weight_decay=self.config.weight_decay, betas=self.config.betas, pretrained=started)
+        optim = self.config.optim
+        return adamw(model, weight_decay=optim.weight_decay, betas=optim.betas, pretrained=started)
 
     def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, ...]:
         """Image, spectrogram and the noise that decides masks."""
         noise = (x.to(device, non_blocking=True) for x in self.mask_noise(epoch, batch.index))
         return *self.inputs(batch, device), *noise
+
+    def mask_noise(self, epoch: int, index: Tensor) -> list[Tensor]:
+        """What decides the masks of clips `index` [B]: uniform [B, image patches] and [B, audio patches].
+
+        It is a function of (seed, epoch, clip): a counter-based generator is placed there.
+        """
+        sizes, key = [rows * columns for rows, columns in self.grids], [self.config.optim.seed, epoch]
+        rows = [
+            np.random.Generator(np.random.Philox(key=key, counter=[0, clip, 0, 0])).random(sum(sizes))
+            for clip in index.tolist()
+        ]
+        return list(torch.from_numpy(np.stack(rows)).split(sizes, dim=1))
 
     def losses(self, model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
         loss_image, loss_audio, *_ = model(*inputs, predict=False)
@@ -51,17 +102,14 @@ class Pretrain(Task):
     def outputs(self, model: AVMAE, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         return model(image, audio, predict=False)[:2]
 
-    def mask_noise(self, epoch: int, index: Tensor) -> list[Tensor]:
-        """What decides the masks of clips `index` [B]: uniform [B, image patches] and [B, audio patches].
-
-        It is a function of (seed, epoch, clip): a counter-based generator is placed there.
-        """
-        sizes, key = [rows * columns for rows, columns in self.grids], [self.config.seed, epoch]
-        rows = [
-            np.random.Generator(np.random.Philox(key=key, counter=[0, clip, 0, 0])).random(sum(sizes))
-            for clip in index.tolist()
-        ]
-        return list(torch.from_numpy(np.stack(rows)).split(sizes, dim=1))
+    def open_evaluation(self) -> Selection:
+        chosen = super().open_evaluation()
+        if not _labelled(chosen):
+            config = self.config.data
+            distributed.say(
+                f"{config.eval_data or config.path}: no labels, so that nearest neighbours are not compared"
+            )
+        return chosen
 
     def evaluated(self, source: Source) -> Sequence[int]:
         """Clips with one label, whose neighbours can be compared; where none has, any, to draw."""
@@ -69,14 +117,30 @@ class Pretrain(Task):
 
     def evaluate(self, model: AVMAE, loader: ClipLoader, dtype: torch.dtype) -> Result:
         """Leave-one-out nearest neighbours of labelled clips (the paper's Fig. 3); nothing where none has a label."""
-        return Result(probe(model.encoder, loader, self.mel, dtype) if loader.source.has_labels else {})
+        return Result(self.neighbours(model.encoder, loader, dtype) if _labelled(loader.source) else {})
+
+    def neighbours(self, encoder: DeepAVFusion, loader: ClipLoader, dtype: torch.dtype) -> dict[str, float]:
+        """Nearest-neighbour accuracy of image, audio, fusion and joint features, and that of chance.
+
+        Raises ValueError where fewer than two clips have a label.
+        """
+        features, labels = pooled_features(encoder, loader, self.mel, dtype)
+        if len(labels) < 2:
+            raise ValueError(f"{len(labels)} labelled clips: a nearest-neighbour probe needs two or more")
+        return {name: leave_one_out_accuracy(x, labels) for name, x in features.items()} | {"chance": chance(labels)}
 
     def draw(self, model: AVMAE, loader: ClipLoader, rows: list[int], path: Path) -> None:
         """Input, masked and reconstructed frames and spectrograms."""
-        batch = clips_of(loader, rows)
-        image, audio = self.inputs(batch, model.encoder.fusion_tokens.device)
+        image, audio = self.inputs(loader.some(rows), model.encoder.fusion_tokens.device)
         generator = torch.Generator().manual_seed(0)
         noise = (
             torch.rand(len(image), rows * columns, generator=generator).to(image.device) for rows, columns in self.grids
         )
         plot_reconstructions(path, *model.reconstruct(image, audio, *noise))
+
+    draw_curve = staticmethod(plot_curve)
+
+
+def _labelled(source: Source) -> bool:
+    """Whether nearest neighbours can be compared: several clips have one label each."""
+    return sum(row.label is not None for row in source.rows) > 1

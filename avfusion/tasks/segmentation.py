@@ -4,40 +4,57 @@ Source: Zhou et al., ECCV 2022, https://arxiv.org/abs/2207.05042 (AVSBench); hea
 release.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
-from avfusion.clips import IMAGENET_MEAN, IMAGENET_STD, Clip
-from avfusion.data.layouts import mask_files, read_mask
+from avfusion.common import setting
+from avfusion.data.layouts import mask_files
 from avfusion.data.loader import Batch, ClipLoader
-from avfusion.data.stills import read_stills
+from avfusion.data.samples import Masked, Source
 from avfusion.data.table import Table
-from avfusion.heads.localization import center_prior
-from avfusion.heads.segmentation import Segmenter, segmentation_loss
+from avfusion.media.clip import Clip
+from avfusion.media.stills import read_stills
+from avfusion.media.transforms import masked_transform
 from avfusion.metrics.segmentation import BinarySegmentation, SemanticSegmentation
-from avfusion.plots import plot_clips
-from avfusion.tasks.downstream import Downstream, Prediction
-from avfusion.tasks.task import Result, autocast, clips_of, device_of, gathered, whole_frame
+from avfusion.models.heads.localization import center_prior
+from avfusion.models.heads.segmentation import Segmenter, segmentation_loss
+from avfusion.tasks.downstream import SMALL, TRAINED, Downstream, DownstreamConfig, Prediction, samples_of
+from avfusion.training.task import Result, autocast, device_of, gathered
+from avfusion.viz.plots import plot_clips
+
+
+@dataclass(frozen=True)
+class SegmentConfig(DownstreamConfig):
+    """Audio-visual segmentation."""
+
+    subset: str = setting("v2", "part of AVSBench: v1s (S4), v1m (MS3) or v2 (AVSS)", choices=("v1s", "v1m", "v2"))
+    semantic: bool = setting(True, "predict classes; otherwise whether a pixel sounds")
+
+
+PRESETS = {
+    "paper": TRAINED | {"layout": "avsbench", "epochs": 100, "warmup_epochs": 20.0},
+    "tiny": SMALL | {"data": "data/tiny-segment", "layout": "avsbench", "synth_clips": 300, "epochs": 3,
+                     "batch_size": 16, "blr": 16e-3, "warmup_epochs": 0.5, "subset": "v2", "eval_epochs": 3,
+                     "eval_clips": 100},
+}  # fmt: skip
 
 
 class Frames:
-    """A source of single annotated frames of AVSBench: the frame's fourth channel is its mask of class indices."""
+    """The annotated frames of AVSBench as a source: a row each, whose `extra["mask"]` is the file of its mask."""
 
     def __init__(self, table: Table, subset: str):
-        self.table, self.classes, self.sha256 = table, table.classes, table.sha256
-        self.rows, self.masks = [], []
-        for row in table.rows:
-            if row.extra.get("subset") == subset:
-                files = mask_files(row)
-                self.masks += files.values()
-                self.rows += [replace(row, id=f"{row.id}/{i}", path=row.path / f"{i}.jpg") for i in files]
+        self.classes, self.sha256 = table.classes, table.sha256
+        self.rows = [
+            replace(row, id=f"{row.id}/{second}", path=row.path / f"{second}.jpg",
+                    extra=row.extra | {"mask": mask, "second": second})
+            for row in table.rows
+            if row.extra.get("subset") == subset
+            for second, mask in mask_files(row).items()
+        ]  # fmt: skip
         if not self.rows:
             raise ValueError(f"{table.root}: no annotated frame of the subset {subset} in this split")
 
@@ -47,56 +64,34 @@ class Frames:
     def read(self, index: int, *, duration: float, start=None, frame=None, **window) -> Clip:
         """The frame, and the sound around the middle of its second."""
         row = self.rows[index]
-        start = max(int(row.path.stem) + 0.5 - duration / 2, 0.0)
-        clip = read_stills(row.path, row.audio, start=start, duration=duration, **window)
-        mask = read_mask(self.masks[index])
-        pixels = np.asarray(clip.frame.resize(mask.shape[::-1]))
-        return replace(clip, frame=Image.fromarray(np.dstack((pixels, mask)), "RGBA"))
-
-
-class WithMask:
-    """RGBA frame -> [4, H, W]: the normalised image, and the mask as numbers, moved together."""
-
-    def __init__(self, geometry: v2.Transform):
-        self.geometry = geometry
-
-    def __call__(self, frame: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
-        image, mask = self.geometry(tv_tensors.Image(pixels[:3]), tv_tensors.Mask(pixels[3:]))
-        image = v2.functional.normalize(image.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
-        return torch.cat((image, mask.float())).as_subclass(Tensor)
+        start = max(row.extra["second"] + 0.5 - duration / 2, 0.0)
+        return read_stills(row.path, row.audio, start=start, duration=duration, **window)
 
 
 class Segment(Downstream):
     name = "segment"
+    settings = SegmentConfig
+    measures = "mIoU and F score (beta^2 = 0.3), as the benchmark and as the release define them"
+    presets = PRESETS
 
     def read(self, where: str, split: str) -> Frames:
-        table = super().read(where, split)
-        if self.config.layout != "avsbench":
-            raise ValueError(f"{where}: the layout {self.config.layout} has no masks; segment reads avsbench")
-        return Frames(table, self.config.subset)
+        if self.config.data.layout != "avsbench":
+            raise ValueError(f"{where}: the layout {self.config.data.layout} has no masks; segment reads avsbench")
+        return Frames(super().read(where, split), self.config.subset)
 
-    def loader(self, source, batch_size, *, train, **options) -> ClipLoader:
-        loader = super().loader(source, batch_size, train=train, **options)
-        size, geometry = self.encoder_config.image_size, v2.Resize(self.encoder_config.image_size, antialias=True)
-        if train:
-            crop = v2.RandomResizedCrop(size, scale=(self.config.crop_min, 1.0), antialias=True)
-            geometry = v2.Compose([crop, v2.RandomHorizontalFlip()])
-        loader.clips.transform = WithMask(geometry)
-        return loader
+    def samples(self, source: Source, *, train: bool) -> Masked:
+        return Masked(super().samples(source, train=train))
+
+    def transform(self, *, train: bool) -> Callable:
+        return masked_transform(self.encoder_config.image_size, train=train, crop_min=self.config.data.crop_min)
 
     def build(self, *, weights: bool = False) -> Segmenter:
         return Segmenter(self.build_encoder(weights=weights), len(self.classes) if self.config.semantic else 1)
 
-    def split(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, spectrogram, and truth [B, H, W]: classes, or 1 where something sounds."""
-        pixels, audio = self.inputs(batch, device)
-        truth = pixels[:, 3].long()
-        return pixels[:, :3], audio, truth if self.config.semantic else (truth > 0).long()
-
     def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Image, spectrogram and truth."""
-        return self.split(batch, device)
+        """Image, spectrogram, and truth [B, H, W]: classes, or 1 where something sounds."""
+        truth = batch.mask.to(device, non_blocking=True).long()
+        return *self.inputs(batch, device), truth if self.config.semantic else (truth > 0).long()
 
     def losses(self, model: nn.Module, image: Tensor, audio: Tensor, truth: Tensor) -> dict[str, Tensor]:
         return {"mask": segmentation_loss(model(image, audio).float(), truth)}
@@ -108,7 +103,7 @@ class Segment(Downstream):
         middle = (center_prior(size) > center_prior(size).median()).double().to(device)
         classes, ours, center = SemanticSegmentation(len(self.classes)), BinarySegmentation(), BinarySegmentation()
         for batch in loader:
-            image, audio, truth = self.split(batch, device)
+            image, audio, truth = self.prepare(batch, 0, device)
             with autocast(device, dtype):
                 logits = model(image, audio).float()
             foreground = 1 - logits.softmax(1)[:, 0] if self.config.semantic else logits.sigmoid()[:, 0]
@@ -124,23 +119,18 @@ class Segment(Downstream):
         for suffix, metric in (("", ours), (" center", center)):
             found = metric.of_all_processes().compute()
             summary |= {f"{prefix}{name}{suffix}": value for name, value in found.items()}
-        samples = [{"row": i, "clip": source.name(i), "score": round(s, 6)}
-                   for i, s in zip(index.tolist(), scores.tolist(), strict=True)]  # fmt: skip
-        return Result(summary, samples)
+        return Result(summary, samples_of(source, index, [round(s, 6) for s in scores.tolist()]))
 
     def draw(self, model: Segmenter, loader: ClipLoader, rows: list[int], path: Path) -> None:
-        image, audio, truth = self.split(clips_of(loader, rows), device_of(model))
+        image, audio, truth = self.prepare(loader.some(rows), 0, device_of(model))
         with torch.no_grad():
             logits = model(image, audio).float()
         predicted = logits.argmax(1) if self.config.semantic else (logits[:, 0] > 0).long()
         plot_clips(path, image, audio, [""] * len(image), {"annotated": truth, "predicted": predicted})
 
-    @torch.no_grad()
     def predict(self, model: Segmenter, clip: Clip) -> Prediction:
         """How likely each pixel sounds, over the whole frame; and which classes take what share of it."""
-        image = whole_frame(self.encoder_config.image_size)(clip.frame)[None].to(device_of(model))
-        _, audio = self.inputs_of(clip, image.device)
-        logits = model(image, audio)[0].float()
+        logits = model(*self.inputs_of(clip, device_of(model), whole=True))[0].float()
         if not self.config.semantic:
             return Prediction({}, {"sounding": logits[0].sigmoid()})
         share = logits.argmax(0).flatten().bincount(minlength=len(self.classes)).double() / logits[0].numel()

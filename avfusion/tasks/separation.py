@@ -5,66 +5,30 @@
 Source: mix-and-separate of Zhao et al., ECCV 2018, https://arxiv.org/abs/1804.03160, as in the DeepAVFusion release.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from avfusion.clips import Clip, read_clip
-from avfusion.data.loader import Batch, ClipLoader, Source
-from avfusion.heads.separation import Separator, separation_loss
+from avfusion.data.loader import Batch, ClipLoader
+from avfusion.data.samples import Mixed, Source
+from avfusion.media.clip import Clip
 from avfusion.metrics.separation import apply_mask, bss_eval, nmf, ratio_masks, rpca
-from avfusion.plots import plot_clips
-from avfusion.tasks.downstream import Downstream, Prediction
-from avfusion.tasks.task import Result, Selection, autocast, clips_of, device_of, gathered
+from avfusion.models.heads.separation import Separator, separation_loss
+from avfusion.tasks.downstream import SMALL, TRAINED, Downstream, Prediction, samples_of
+from avfusion.training.task import Result, autocast, device_of, gathered
+from avfusion.viz.plots import plot_clips
 
 SOURCES = 2
 
 
-class Mixtures:
-    """A source of pairs of clips: frames as a tuple, waveforms as two channels.
-
-    A row of a list of pairs names both. Otherwise the partner is drawn from torch's generator, which the loader seeds
-    for each clip, among those of another class where classes are known.
-    """
-
-    def __init__(self, source: Source):
-        self.source, self.rows, self.classes, self.sha256 = source, source.rows, source.classes, source.sha256
-        self.sizes = getattr(source, "sizes", None)
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def read(self, index: int, **window) -> Clip:
-        row = self.rows[index]
-        first = self.source.read(index, **window)
-        if "path_2" in row.extra:
-            second = read_clip(row.extra["path_2"], **window)
-        else:
-            second = self.source.read(self._partner(index), **window)
-        return replace(first, frame=(first.frame, second.frame),
-                       waveform=torch.cat((first.waveform, second.waveform)))  # fmt: skip
-
-    def _partner(self, index: int) -> int:
-        label = self.rows[index].label
-        for _ in range(20):
-            other = int(torch.randint(len(self.rows), ()))
-            if other != index and (label is None or self.rows[other].label != label):
-                return other
-        return (index + 1) % len(self.rows)
-
-
-class BothFrames:
-    """A transform of one frame for two: [3 * 2, H, W]."""
-
-    def __init__(self, transform: v2.Transform):
-        self.transform = transform
-
-    def __call__(self, frames: tuple) -> Tensor:
-        return torch.cat([self.transform(frame) for frame in frames])
+PRESETS = {
+    "paper": TRAINED | {"layout": "vggsound-music", "eval_split": "pairs", "epochs": 300, "warmup_epochs": 40.0},
+    "tiny": SMALL | {"data": "data/tiny-separate", "layout": "vggsound-music", "eval_split": "pairs",
+                     "synth_clips": 600, "epochs": 6, "batch_size": 4, "blr": 64e-3, "warmup_epochs": 1.0,
+                     "layer_decay": 0.9, "crop_min": 0.8, "eval_epochs": 3, "eval_clips": 32},
+}  # fmt: skip
 
 
 def best_order(estimates: Tensor, truth: Tensor) -> Tensor:
@@ -75,20 +39,12 @@ def best_order(estimates: Tensor, truth: Tensor) -> Tensor:
 
 class Separate(Downstream):
     name = "separate"
+    measures = "SDR, SIR and SAR (BSS Eval v3), beside the mixture and the oracle mask"
+    presets = PRESETS
     needs_labels = False
 
-    def open(self, *, make: bool = False) -> Mixtures:
-        return Mixtures(super().open(make=make))
-
-    def open_evaluation(self) -> Selection:
-        chosen = super().open_evaluation()
-        chosen.source = Mixtures(chosen.source)
-        return chosen
-
-    def loader(self, source, batch_size, *, train, **options) -> ClipLoader:
-        loader = super().loader(source, batch_size, train=train, **options)
-        loader.clips.transform = BothFrames(loader.clips.transform)
-        return loader
+    def samples(self, source: Source, *, train: bool) -> Mixed:
+        return Mixed(super().samples(source, train=train))
 
     def build(self, *, weights: bool = False) -> Separator:
         return Separator(self.build_encoder(weights=weights))
@@ -101,8 +57,7 @@ class Separate(Downstream):
 
         Sources of a mixture follow each other.
         """
-        image = batch.image.to(device).unflatten(1, (SOURCES, 3)).flatten(0, 1)
-        sources = batch.waveform.to(device)
+        image, sources = batch.image.to(device).flatten(0, 1), batch.waveform.to(device)
         mixture = sources.sum(1, keepdim=True).expand_as(sources)
         return image, sources.reshape(-1, 1, sources.shape[-1]), mixture.reshape(-1, 1, sources.shape[-1])
 
@@ -144,15 +99,12 @@ class Separate(Downstream):
         index, values = gathered(rows)
         methods = ("", " mixture", " oracle", " NMF", " RPCA")[: 5 if self.thorough else 3]
         names = [f"{score}{method}" for method in methods for score in ("SDR", "SIR", "SAR")]
-        samples = [
-            {"row": i, "clip": source.name(i), "score": line[0]} | dict(zip(names, line, strict=True))
-            for i, line in zip(index.tolist(), values.tolist(), strict=True)
-        ]
+        columns = dict(zip(names, values.T.tolist(), strict=True))
+        samples = samples_of(source, index, columns["SDR"], **columns)
         return Result(dict(zip(names, values.nanmean(0).tolist(), strict=True)), samples)
 
     def draw(self, model: Separator, loader: ClipLoader, rows: list[int], path: Path) -> None:
-        batch, device = clips_of(loader, rows), device_of(model)
-        image, sources, mixture = self.mixed(batch, device)
+        image, sources, mixture = self.mixed(loader.some(rows), device_of(model))
         estimates = self.separate(model, image, mixture)
         titles = [f"source {1 + i % SOURCES}" for i in range(len(image))]
         sounds = {"its sound": self.mel(sources)[:, 0], "separated": self.mel(estimates[:, None])[:, 0]}

@@ -1,0 +1,90 @@
+"""What every part uses: files that appear as a whole, names that are not known, fields with help, progress."""
+
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends; after an error nothing has happened."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        yield part
+        os.chmod(part, mode)  # what the user's mask makes of it: libraries that write for themselves ask for 0600
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any, **options) -> None:
+    write_text(path, json.dumps(content, **options) + "\n")
+
+
+def unknown(what: str, name: object, options: Iterable[str]) -> str:
+    """What to say of a name that is none of the options."""
+    options = list(map(str, options))
+    close = difflib.get_close_matches(str(name), options, 1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    return f"{what}={name!r}: expected {'one of ' if len(options) > 1 else ''}{', '.join(options)}{meant}"
+
+
+def setting(default: Any, text: str, **metadata) -> Any:
+    """A field of a dataclass with what `--help` prints for it.
+
+    `choices` it has, `least` value it takes, and its `name` on the command line and in run.json if that is another.
+    """
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+class Progress:
+    """How far long work is: a bar on a terminal, elsewhere a line every 30 s, both on stderr.
+
+    with Progress(total, "clip", show=True) as progress:
+        progress.update(done, loss=0.3)
+    """
+
+    def __init__(self, total: int, unit: str, *, initial: int = 0, show: bool = True, every: float = 30.0):
+        self.total, self.unit, self.initial, self.done, self.every = total, unit, initial, initial, every
+        self.began = self.told = time.monotonic()
+        self.show, self.bar = show, None
+        if show and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=initial, unit=unit)
+
+    def update(self, done: int, **facts: object) -> None:
+        """`done` of the total so far, and facts to show."""
+        if self.bar is not None:
+            self.bar.set_postfix(facts, refresh=False)
+            self.bar.update(done - self.done)
+        self.done, now = done, time.monotonic()
+        if self.show and self.bar is None and now - self.told >= self.every:
+            self.told, pace = now, (now - self.began) / max(done - self.initial, 1)
+            told = "".join(f", {name} {fact}" for name, fact in facts.items())
+            left = timedelta(seconds=round(pace * (self.total - done)))
+            print(f"{self.unit} {done}/{self.total}{told}, {left} left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar is not None:
+            self.bar.close()

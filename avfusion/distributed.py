@@ -1,0 +1,78 @@
+"""This process among those of a run, which torchrun has started: torch.distributed, and nothing where there is one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: str | torch.device | None = None) -> torch.device:
+    """Joins the processes that the environment names (RANK, WORLD_SIZE, LOCAL_RANK), and returns this one's device.
+
+    `device` None or "auto" takes a GPU where there is one: of several processes on a machine each takes its own.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device in (None, "auto") else str(device)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if several and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leaves them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(rows: list) -> list:
+    """The rows of all processes, one after the other; all of them have to call it."""
+    if world_size() == 1:
+        return rows
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of a tensor over processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+@contextmanager
+def first() -> Iterator[None]:
+    """The first process goes ahead; the others find what it has made or fetched."""
+    if rank():
+        barrier()
+    yield
+    if not rank():
+        barrier()
+
+
+def say(text: str) -> None:
+    """Prints, in the first process alone."""
+    if not rank():
+        print(text, flush=True)

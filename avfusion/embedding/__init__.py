@@ -1,0 +1,1 @@
+"""Clips to features, and features on disk."""

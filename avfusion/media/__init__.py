@@ -1,0 +1,1 @@
+"""Files in, inputs of a model out."""

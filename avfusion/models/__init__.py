@@ -1,0 +1,1 @@
+"""Models: the encoder, the masked auto-encoder, heads, checkpoints."""

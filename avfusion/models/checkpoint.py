@@ -1,0 +1,188 @@
+"""Weights in and out: the authors' checkpoints, safetensors, unimodal MAE. All or nothing: no key is lost in silence.
+
+Files are read with safetensors or `torch.load(weights_only=True)`, never as plain pickle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from avfusion.common import writing
+from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig, ViT
+
+# What the authors' pre-training checkpoint holds beside the encoder.
+_DECODERS = ("image_decoder_", "audio_decoder_")
+# What a unimodal MAE file holds beside the encoder. Its positions are the same fixed sin-cos, for a grid of its own.
+_MAE_ONLY = ("decoder_", "mask_token", "cls_token", "pos_embed")
+
+
+class CheckpointError(ValueError):
+    """A file that is not the checkpoint it is taken for; the message names the file, the keys and the remedy."""
+
+
+def load_encoder(path: str | Path, config: EncoderConfig | None = None) -> DeepAVFusion:
+    """A `DeepAVFusion` with the weights of a checkpoint, on the CPU, in eval mode.
+
+    Args:
+        path: a safetensors file (`save_encoder`) or the authors' checkpoint: a torch file with `state_dict`, whose
+            encoder keys may carry the prefix `encoder.`. Its decoders are left out; any other key that is not the
+            encoder's is named in a warning.
+        config: the encoder's shape. By default it comes from the file: from what it says itself (safetensors, and
+            `avfusion export --format authors`), or from its keys and shapes
+            (heads 64 wide, square images, 128 mel bands, and 16 + 8 + 8 fusion tokens if factorized).
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, or keys that are missing, extra or misshapen (all are listed).
+    """
+    path = Path(path)
+    state, metadata = _read(path)
+    if any(key.startswith("encoder.") for key in state):
+        rest = [key for key in state if not key.startswith(("encoder.", *_DECODERS))]
+        if rest:
+            warnings.warn(f"{path}: left out, as not the encoder's: {', '.join(rest)}", stacklevel=2)
+        state = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
+    if config is None:
+        try:
+            config = EncoderConfig(**json.loads(metadata["config"])) if "config" in metadata else _infer_config(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its keys do not tell the encoder's shape; pass config=: {error}") from error
+    model = DeepAVFusion(config)
+    _load_strictly(model, state, path)
+    return model.eval()
+
+
+def save_encoder(model: DeepAVFusion, path: str | Path) -> None:
+    """Writes weights and config to a safetensors file for `load_encoder`. The file appears whole or not at all."""
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with writing(path) as part:
+        save_file(state, part, metadata={"format": "pt", "config": json.dumps(asdict(model.config))})
+
+
+def load_unimodal(vit: ViT, source: str | Path) -> None:
+    """Loads MAE weights into one unimodal branch (`model.image` or `model.audio`), in place.
+
+    Args:
+        vit: the branch.
+        source: a local file in the key layout of MAE or AudioMAE (`model` or `state_dict` inside, or safetensors), or
+            the name of a timm model, such as "vit_base_patch16_224.mae", which timm fetches. The class token, the mask
+            token, the positions and the decoder are left out, as in the release.
+
+    Raises:
+        CheckpointError: neither a file nor a timm model, no network, or keys that do not fit (all are listed).
+    """
+    if Path(source).exists():
+        state, _ = _read(Path(source))
+    elif str(source) in timm.list_models(pretrained=True):
+        try:
+            state = timm.create_model(str(source), pretrained=True, num_classes=0).state_dict()
+        except Exception as error:  # whatever the hub client raises
+            raise CheckpointError(
+                f"{source}: timm cannot fetch it ({type(error).__name__}: {error}); pass a local file instead"
+            ) from error
+    else:
+        raise CheckpointError(f"{source}: neither a file nor one of timm.list_models(pretrained=True)")
+    state = {key: value for key, value in state.items() if not key.startswith(_MAE_ONLY)}
+    _load_strictly(vit, state | {"pos_embed": vit.pos_embed}, source)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, out of whatever they are wrapped in, and the file's metadata."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # AudioMAE keeps its arguments in the file
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a checkpoint of plain tensors ({reason}). Files that need arbitrary pickle are refused; "
+            "convert them to safetensors where you trust them"
+        ) from error
+    config = content.get("config") if isinstance(content, dict) else None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds no state dict (tensors by name, or those under 'state_dict' or 'model')")
+    return content, {"config": config} if _is_object(config) else {}
+
+
+def _is_object(text: object) -> bool:
+    """Whether it is JSON of names and values, as `avfusion export --format authors` writes beside the weights."""
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    own = module.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "extra": [key for key in state if key not in own],
+        "misshapen": [
+            f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    if any(problems.values()):
+        lines = [f"  {kind} ({len(keys)}): {', '.join(keys)}" for kind, keys in problems.items() if keys]
+        raise CheckpointError(
+            "\n".join([f"{source}: does not fit {type(module).__name__}; nothing was loaded", *lines])
+        )
+    module.load_state_dict(state)
+
+
+def _infer_config(state: dict[str, Tensor]) -> EncoderConfig:
+    """The config that a released checkpoint was made with, from its keys and shapes. Raises KeyError or ValueError."""
+    dim, _, patch_size, _ = state["image.patch_embed.proj.weight"].shape
+    depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"image\.blocks\.(\d+)\.", key)))
+    side = round(state["image.pos_embed"].shape[1] ** 0.5)
+    mel_rows = 128 // patch_size
+    frames = state["audio.pos_embed"].shape[1] // mel_rows
+    if dim % 64:
+        raise ValueError(f"{dim} wide, which is not a multiple of 64: the number of heads is unknown")
+    layers = sorted({int(match[1]) for key in state if (match := re.match(r"fusion_blocks\.(\d+)\.", key))})
+    tokens = state["fusion_tokens"].shape[1]
+    config = {
+        "dim": dim,
+        "depth": depth,
+        "num_heads": 16 if dim == 1280 else dim // 64,  # ViT-S, B, L; ViT-H has 16 heads 80 wide
+        "mlp_ratio": state["image.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "patch_size": patch_size,
+        "image_size": (side * patch_size, side * patch_size),
+        "audio_size": (mel_rows * patch_size, frames * patch_size),
+        "fusion": "none",
+        "fusion_tokens": tokens,
+    }
+    if layers:
+        block = f"fusion_blocks.{layers[0]}"
+        config["fusion_layers"] = "all" if len(layers) == depth else "-".join(map(str, layers))
+        config["fusion_mlp_ratio"] = state[f"{block}.mlp.fc1.weight"].shape[0] / dim
+        config["fusion_attn_ratio"] = state[f"{block}.attn.q.weight"].shape[0] / dim
+        if f"{block}.attn.attn_v.q.weight" in state:
+            if tokens != 32:
+                raise ValueError(f"{tokens} fusion tokens split into fusion, image and audio tokens in an unknown way")
+            config |= {"fusion": "factorized", "fusion_tokens": 16}
+        else:
+            config["fusion"] = "dense" if state[f"{block}.attn.kv.weight"].shape[1] == 2 * dim else "token"
+    return EncoderConfig(**config)

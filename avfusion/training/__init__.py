@@ -1,0 +1,1 @@
+"""Training: a flat loop that knows a task by a protocol."""

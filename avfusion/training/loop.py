@@ -1,0 +1,341 @@
+"""Training: one flat loop, `train`, for pre-training and every downstream task, and the parts it is made of.
+
+What a step computes is a function of the settings and of how many steps came before: order, crops and masks depend on
+(seed, epoch, clip) and neither on processes nor on workers. (Batch norms in heads are of what one process computes at a
+time.) A run that resumes repeats the undisturbed one bit for bit on the same number of processes.
+"""
+
+import math
+import os
+import signal
+from collections import deque
+from collections.abc import Callable
+from contextlib import ContextDecorator, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import avfkernels
+from avfusion import distributed
+from avfusion.data.loader import ClipLoader, naming_dead_workers
+from avfusion.data.sampler import random_seed
+from avfusion.data.samples import Source
+from avfusion.models.deepavfusion import Block
+from avfusion.training.config import TrainConfig, check_resumable
+from avfusion.training.log import Log, check_tracker
+from avfusion.training.optim import set_rate
+from avfusion.training.run_folder import (
+    NAMED,
+    Curve,
+    RunError,
+    latest_checkpoint,
+    load_checkpoint,
+    note_skipped,
+    save_checkpoint,
+    write_run,
+)
+from avfusion.training.step import RecordedStep, Step
+from avfusion.training.task import Task, spread
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _Stop(ContextDecorator):
+    """Notes SIGTERM and SIGINT (Ctrl-C), while it is entered, instead of ending the process; a second Ctrl-C ends it.
+
+    Workers of loaders inherit that and live.
+    """
+
+    received, owner = 0, os.getpid()  # the number of the signal; the process that it ends
+
+    def __enter__(self):
+        self.received = 0
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        if self.received == number == signal.SIGINT and os.getpid() == self.owner:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+STOP = _Stop()
+
+
+@STOP
+def train(
+    task: Task, out: str | os.PathLike, *, resume: bool = False, device: str | torch.device | None = None
+) -> bool:
+    """Train a task's model as its settings say, in the folder `out`; True at its end, False where a signal stopped it.
+
+    Works in one process, and in each of several that torchrun has started; on `device`, or on GPUs where there are any.
+    `resume` goes on from the last checkpoint in `out`, if there is one. SIGTERM and Ctrl-C end it with a checkpoint.
+
+    Raises:
+        ValueError: settings, data or a checkpoint do not fit, or `out` holds a run already.
+        RunError: too many steps in a row were not finite; a checkpoint could not be written.
+        RuntimeError: too many clips failed; a worker died.
+    """
+    out, config, device = Path(out), task.config, distributed.start(device)
+    optim, run, ranks = config.optim, config.run, distributed.world_size()
+    dtype, place = DTYPES[run.dtype], {"rank": distributed.rank(), "world_size": ranks}
+
+    # What can be checked is, before anything takes long.
+    last, part = check_folder(task, out, resume), part_of_a_step(config)
+    check_tracker(config)
+    task.check()
+
+    # Data
+    with distributed.first():
+        source = task.open(make=not distributed.rank())
+    loader = task.loader(source, part, train=True, report=out / "failed.jsonl", **place)
+    steps = steps_of_an_epoch(source, optim.batch_size)
+    total = steps * optim.epochs
+
+    # Model
+    torch.manual_seed(optim.seed)
+    with distributed.first():  # the first fetches what the others find in the cache
+        model = task.build(weights=not last).to(device)
+    task.mel.to(device)
+    flop = task.flop() * optim.batch_size
+    torch.manual_seed(random_seed(optim.seed, distributed.rank()))
+    sharded = ranks > 1 and run.fsdp
+    if run.gradient_checkpointing:
+        recompute_blocks(model)
+    if sharded:
+        shard(model)
+    optimizer = task.optimizer(model)
+    # FSDP and checkpointing depend on calls of the blocks, which the compiled layer does not make.
+    compiles = run.compile is not False and not (sharded or run.gradient_checkpointing)
+    pays = avfkernels.pays(device) and total * optim.batch_size >= avfkernels.CLIPS
+    model.encoder.compiled = compiles and bool(run.compile or pays)
+    trained = distributed_model(model, device) if ranks > 1 and not sharded else model
+
+    # Where it stands
+    step, bad = load_checkpoint(last, model, optimizer, loader, device) if last else (0, 0)
+    if not distributed.rank():
+        write_run(out, task, source, ranks, step)
+    distributed.barrier()
+    distributed.say(f"{out}: {task.name}, {total} steps of {optim.batch_size} clips on {ranks} x {device}, "
+                    + (f"goes on after step {step} from {last}" if last else "from the beginning"))  # fmt: skip
+    curve = Curve.resume(out, step, task.draw_curve)
+    evaluation = Evaluation(task, model, curve, part, steps, dtype, place, compiled=compiles and None, sharded=sharded)
+    save = partial(save_checkpoint, out, model, optimizer, loader, device, run.keep)
+    recorded = compiles and pays and ranks == 1 and isinstance(optimizer, torch.optim.AdamW)
+    exchange = {} if recorded else {"synchronise": exchanges(model, trained, optim.accumulation), "reduce": with_stop}
+    taking = (RecordedStep if recorded else Step)(
+        partial(task.losses, trained), model, optimizer, device=device, dtype=dtype, parts=optim.accumulation,
+        **exchange,
+    )  # fmt: skip
+    found = Found(taking, out, source, bad, steps, run.max_bad_steps)
+    log = Log(out, config, device, step=step, total=total, flop=flop)
+
+    with naming_dead_workers(loader, *evaluation.loaders):
+        if evaluation.due(step) and not (
+            last and curve.has(step)
+        ):  # at the beginning, and after a stop at an epoch's end
+            log.values(step, evaluation(step))
+        log.restart(step)
+        for epoch in range(step // steps, optim.epochs):
+            batches, found.taken = iter(loader), []
+            for _ in range(steps - step % steps):
+                lr = optim.blr * optim.batch_size / 256
+                lr = set_rate(optimizer, lr, step / steps, optim.epochs, optim.warmup_epochs)
+                clips = []
+                for micro in range(optim.accumulation):
+                    batch = next(batches)
+                    clips += batch.index.tolist()
+                    taking.part(task.prepare(batch, epoch, device), micro)
+                found.later(step, clips, taking.update())
+                step += 1
+                if step % steps == 0:
+                    loader.epoch, loader.consumed = epoch + 1, 0  # what is left is less than a batch
+                saves = bool(run.save_steps) and step % run.save_steps == 0
+                read = STOP.received or saves or step % run.log_steps == 0 or step % steps == 0
+                found.settle(left=0 if read else int(taking.on_device))
+                log.step(step, found.losses, found.norm, lr)
+                if found.stopping:
+                    found.settle(left=0)  # the signal may have come while the step before was read
+                    save(step, found.bad)
+                    log.close()
+                    distributed.say(f"{out}: stopped by {signal.Signals(STOP.received or signal.SIGTERM).name} after "
+                                    f"step {step}, saved; the same command with --resume goes on")  # fmt: skip
+                    return False
+                if saves and step % steps:
+                    save(step, found.bad)
+            if evaluation.due(step):
+                log.values(step, evaluation(step))
+                log.restart(step)
+            save(step, found.bad)
+            distributed.say(f"epoch {epoch + 1}/{optim.epochs}: loss {found.means()}")
+    log.close()
+    distributed.barrier()
+    return True
+
+
+def check_folder(task: Task, out: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if there is one. Raises ValueError where the folder cannot be used."""
+    last = latest_checkpoint(out)
+    if last and not resume:
+        raise ValueError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
+    if last:
+        check_resumable(task.config, out, task.name)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out}: cannot be written to; choose another --out")
+    return last
+
+
+def part_of_a_step(config: TrainConfig) -> int:
+    """Clips that a process takes at a time."""
+    ranks, optim = distributed.world_size(), config.optim
+    part, rest = divmod(optim.batch_size, ranks * optim.accumulation)
+    if rest:
+        raise ValueError(f"batch_size={optim.batch_size}: expected a multiple of {ranks} processes "
+                         f"x accumulation={optim.accumulation}")  # fmt: skip
+    return part
+
+
+def steps_of_an_epoch(source: Source, batch_size: int) -> int:
+    steps = len(source.rows) // batch_size
+    if not steps:
+        raise ValueError(f"batch_size={batch_size}: the set has only {len(source.rows)} clips, take a smaller batch")
+    return steps
+
+
+def with_stop(facts: torch.Tensor) -> torch.Tensor:
+    """The mean over processes; with whether one of them is to stop, so that all do after the same step."""
+    return distributed.mean(torch.cat((facts, facts.new_tensor([bool(STOP.received)]))))
+
+
+def exchanges(model: nn.Module, trained: nn.Module, parts: int) -> Callable:
+    """Of the number of a part, a context: gradients are exchanged with the last part of a step."""
+
+    def synchronise(number: int):
+        last = number == parts - 1
+        if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+            model.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last or trained is model else trained.no_sync()
+
+    return synchronise
+
+
+class Found:
+    """What steps have found. Of a recorded step the host reads it one step late.
+
+    Attributes: `losses` and `norm` of the last step that was read, `taken` the losses of an epoch's steps, `bad` how
+    many steps in a row were not finite, `stopping` whether a signal ends the run.
+    """
+
+    def __init__(self, taking: Step, out: Path, source: Source, bad: int, steps: int, max_bad: int):
+        self.taking, self.out, self.source, self.bad, self.steps, self.max_bad = (
+            taking,
+            out,
+            source,
+            bad,
+            steps,
+            max_bad,
+        )
+        self.pending, self.taken, self.losses, self.norm, self.stopping = deque(), [], {}, 0.0, False
+
+    def later(self, step: int, clips: list[int], read: Callable[[], list[float]]) -> None:
+        self.pending.append((step, clips, read))
+
+    def settle(self, left: int) -> None:
+        """Read until only the last `left` steps are unread; note those that were not taken."""
+        while len(self.pending) > left:
+            step, clips, read = self.pending.popleft()
+            *losses, self.norm, stopping = (*read(), STOP.received) if self.taking.on_device else read()
+            self.losses, self.stopping = dict(zip(self.taking.names, losses, strict=True)), bool(stopping)
+            if all(map(math.isfinite, (*losses, self.norm))):
+                self.bad = 0
+                self.taken.append(losses)
+                continue
+            self.bad += 1
+            values = {f"loss_{name}": loss for name, loss in self.losses.items()} | {"gradient_norm": self.norm}
+            names = note_skipped(self.out, step, values, self.source, clips)
+            if self.bad == self.max_bad:
+                raise RunError(
+                    f"step {step}, in epoch {step // self.steps}: {values}, the {self.bad}. step in a row that is not "
+                    f"finite. Its clips: {', '.join(names[:NAMED])}{' ...' if len(names) > NAMED else ''} (all are in "
+                    f"{self.out / 'skipped.jsonl'}). The last good checkpoint: {latest_checkpoint(self.out)}"
+                )
+
+    def means(self) -> str:
+        means = torch.tensor(self.taken).mean(0).tolist() if self.taken else [math.nan] * len(self.taking.names)
+        return ", ".join(f"{name} {mean:.4f}" for name, mean in zip(self.taking.names, means, strict=True))
+
+
+class Evaluation:
+    """Evaluates the model on the way, every `eval_epochs` and at the end, if the settings want it."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, curve: Curve, batch: int, steps: int, dtype: torch.dtype, place: dict, *,
+        compiled: bool | None, sharded: bool,
+    ):  # fmt: skip
+        self.task, self.model, self.curve, self.steps, self.dtype = task, model, curve, steps, dtype
+        self.compiled, self.sharded = compiled, sharded
+        wanted = task.config.data.eval_clips
+        self.loaders: list[ClipLoader] = (
+            [task.loader(task.open_evaluation(), batch, train=False, **place)] if wanted else []
+        )
+
+    def due(self, step: int) -> bool:
+        (epoch, rest), config = divmod(step, self.steps), self.task.config
+        often = epoch % config.run.eval_epochs == 0 or epoch == config.optim.epochs
+        return bool(self.loaders) and not rest and often
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """What it finds, for the log."""
+        copy, loader, out = whole(self.model, self.task, self.sharded), self.loaders[0], self.curve.out / "pictures"
+        training, compiled = copy.training, copy.encoder.compiled
+        copy.eval().encoder.compiled = self.compiled
+        found = self.task.evaluate(copy, loader, self.dtype).summary
+        if not distributed.rank():
+            self.curve.add(step, step / self.steps, found)
+            out.mkdir(parents=True, exist_ok=True)
+            self.task.draw(copy, loader, spread(len(loader.source.rows)), out / f"step-{step:08d}.png")
+        copy.train(training).encoder.compiled = compiled
+        return {f"eval/{name}": value for name, value in found.items()}
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Gradient checkpointing: every block keeps its inputs only, and is computed again when its gradient is."""
+    blocks = (Block, avfkernels.DenseFusion, avfkernels.FactorizedFusion, avfkernels.TokenFusion)
+    for module in model.modules():
+        if isinstance(module, blocks):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def distributed_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """DDP: gradients are averaged over the processes."""
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def shard(model: nn.Module) -> None:
+    """FSDP: each block's parameters are gathered when it runs, all others at the beginning."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in model.modules():
+        if isinstance(module, Block):
+            fully_shard(module)
+    fully_shard(model)
+
+
+def whole(model: nn.Module, task: Task, sharded: bool) -> nn.Module:
+    """The model with all its weights in this process: itself, or, if sharded, a copy."""
+    if not sharded:
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    copy = task.build().to(next(iter(weights.values())).device)
+    copy.load_state_dict(weights)
+    return copy

@@ -1,0 +1,237 @@
+"""The folder of a training run: what it was made with, its checkpoints, what it skipped, its curve, its export.
+
+run.json                        settings, code, data
+checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in the data, generators
+skipped.jsonl                   steps whose loss or gradient was not finite
+evaluations.csv, .png           what evaluations on the way have found
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+import avfkernels
+from avfusion import distributed
+from avfusion.common import write_json, writing
+from avfusion.data.loader import ClipLoader, multi_label
+from avfusion.data.samples import Source
+from avfusion.models.checkpoint import load_encoder, save_encoder
+from avfusion.training.task import Task
+
+NAMED = 8  # clips that an error message names
+# Of an optimizer's groups: how this process computes, and no part of a run.
+HOW = ("lr", "fused", "foreach", "capturable", "differentiable", "maximize")
+
+
+@dataclass
+class Curve:
+    """What evaluations on the way have found: RUN/evaluations.csv, a line each, and a picture of it."""
+
+    out: Path
+    draw: Callable[[Path, list[dict[str, float]]], None]
+    rows: list[dict[str, float]]
+
+    @classmethod
+    def resume(cls, out: Path, step: int, draw: Callable) -> "Curve":
+        """For a run that stands at `step`: lines that are there from later steps are dropped."""
+        path, rows = out / "evaluations.csv", []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return cls(out, draw, [row for row in rows if row["step"] <= step])
+
+    def has(self, step: int) -> bool:
+        return any(row["step"] == step for row in self.rows)
+
+    def add(self, step: int, epoch: float, found: dict[str, float]) -> None:
+        if found:
+            self.rows = [row for row in self.rows if row["step"] != step]
+            self.rows.append({"step": step, "epoch": epoch} | found)
+            write_csv(self.out / "evaluations.csv", self.rows)
+            self.draw(self.out / "evaluations.png", self.rows)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows, which all have the keys of the first; the file is there as a whole or not at all."""
+    with writing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the step, the clips or the file, and the last good checkpoint."""
+
+
+def write_run(out: Path, task: Task, source: Source, processes: int, step: int) -> None:
+    """Write run.json: settings, the hash of the list of clips, and what code has run since which step."""
+    path = out / "run.json"
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if step else []
+    code = {"avfusion": avfkernels.__version__, "git": _git_version(), "torch": torch.__version__,
+            "python": platform.python_version()}  # fmt: skip
+    facts = {
+        "task": task.name,
+        "settings": task.config.flat(),
+        "data": {"clips": len(source.rows), "sha256": source.sha256, "classes": list(source.classes),
+                 "multi_label": multi_label(source)},
+        "parts": [*parts, {"step": step, "processes": processes, "code": code}],
+    }  # fmt: skip
+    write_json(path, facts, indent=1)
+
+
+def _git_version() -> str | None:
+    """The commit that the package is checked out at, "-dirty" where files differ; None where it is installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def latest_checkpoint(out: Path) -> Path | None:
+    """The folder of a run's last checkpoint. Folders appear under this name when they are complete."""
+    return max((path for path in out.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8}", path.name)),
+               default=None)  # fmt: skip
+
+
+def save_checkpoint(
+    out: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: ClipLoader,
+    device: torch.device,
+    keep: int,
+    step: int,
+    bad: int,
+) -> None:
+    """Write a checkpoint that is there as a whole or not at all, and remove all but the last `keep`.
+
+    Every process has to call it. Raises RunError, naming the checkpoint before, where it cannot be written.
+    """  # fmt: skip
+    generators = distributed.gather([_generators(device)])
+    weights, moments = get_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    path = out / "checkpoints" / f"step-{step:08d}"
+    if not distributed.rank() and not path.exists():
+        part = path.with_name(f".{path.name}.part")
+        state = {"step": step, "bad": bad, "loader": loader.state_dict(), "generators": generators,
+                 "optimizer": moments}  # fmt: skip
+        config = json.dumps(asdict(model.encoder.config))
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            weights = {key: value.contiguous() for key, value in weights.items()}
+            with writing(part / "model.safetensors") as file:
+                save_file(weights, file, metadata={"format": "pt", "config": config})
+            torch.save(state, part / "state.pt")
+            for file in part.iterdir():  # on the disk before the name is
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise RunError(f"{path}: cannot be written ({error}); the last good checkpoint is "
+                           f"{latest_checkpoint(out)}. Make room, then --resume") from error  # fmt: skip
+        for old in sorted(path.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    distributed.barrier()
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loader: ClipLoader, device: torch.device
+) -> tuple[int, int]:
+    """Put everything back as it was; returns the number of steps done, and of skipped ones since the last good one.
+
+    With other processes than before, those that are new keep the generators that they have: masks, order and crops
+    come from elsewhere, so that only stochastic depth differs.
+
+    Raises ValueError where the checkpoint is of other data, or its files are damaged or of another model.
+    """
+    try:
+        weights = load_file(path / "model.safetensors")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        own = [{key: group[key] for key in HOW if key in group} for group in optimizer.param_groups]
+        set_state_dict(
+            model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )  # fmt: skip
+    except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, safetensors.SafetensorError) as error:
+        # Not torch's message, whose advice is to load the file in an unsafe way.
+        reason = "it is no file of plain tensors" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
+        raise ValueError(f"{path}: cannot be resumed ({type(error).__name__}: {reason}): it is damaged, or of another "
+                         "model; remove it to go on from the one before") from error  # fmt: skip
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group |= options
+    for moments in optimizer.state.values():
+        if isinstance(moments.get("step"), torch.Tensor):
+            moments["step"] = moments["step"].cpu()
+    loader.load_state_dict(state["loader"])
+    if distributed.rank() < len(state["generators"]):
+        own = state["generators"][distributed.rank()]
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], device)
+    return state["step"], state["bad"]
+
+
+def _generators(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def note_skipped(out: Path, step: int, values: dict[str, float], source: Source, index: list[int]) -> list[str]:
+    """Add a step that was not taken, and its clips (of all processes, which all have to call it), to skipped.jsonl.
+
+    Returns the names of the clips.
+    """
+    clips = [source.name(i) for i in distributed.gather(index)]
+    if not distributed.rank():
+        with open(out / "skipped.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | {k: repr(v) for k, v in values.items()} | {"clips": clips}) + "\n")
+    return clips
+
+
+def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tuple[Path, int]:
+    """Write the encoder of a run's last checkpoint to one file; returns the file and the step.
+
+    The file is safetensors for `load_encoder`, or, for `authors`, a torch file in their checkpoint format: all weights,
+    the decoders' too, under `state_dict`, and beside them the encoder's `config`, which `load_encoder` reads. The
+    default name is RUN/encoder.safetensors or RUN/encoder.pth.
+
+    Raises ValueError where there is no checkpoint, or `out` has the suffix of the other format.
+    """
+    last = latest_checkpoint(run)
+    if last is None:
+        raise ValueError(f"{run}: no checkpoint of a pre-training run in it")
+    step, suffix = int(last.name.removeprefix("step-")), ".pth" if authors else ".safetensors"
+    out = out or run / f"encoder{suffix}"
+    if (out.suffix == ".safetensors") == authors:
+        raise ValueError(f"{out}: expected a name in {suffix}, which tells readers the format")
+    encoder = load_encoder(last / "model.safetensors")
+    if not authors:
+        save_encoder(encoder, out)
+        return out, step
+    clips, batch = (json.loads((run / "run.json").read_text())[k] for k in ("data", "settings"))
+    content = {"epoch": step // (clips["clips"] // batch["batch_size"]), "n_steps": step,
+               "config": json.dumps(asdict(encoder.config))}  # fmt: skip
+    with writing(out) as part:
+        torch.save(content | {"state_dict": load_file(last / "model.safetensors")}, part)
+    return out, step

@@ -1,0 +1,142 @@
+"""What trained models make of a clip, on one HTML page that needs no other file.
+
+Cards show, as far as models are given: the clip and its likely classes; where its sound comes from; which pixels sound;
+the sound of the picture and the rest; and the clips of a collection that are most like it, by an encoder's features.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch.nn.functional as F
+from matplotlib import colormaps
+from torch import Tensor
+
+from avfusion.embedding.embed import embed_clips
+from avfusion.embedding.store import Features, fingerprint
+from avfusion.media.clip import Clip, ClipError
+from avfusion.media.reader import read_clip, read_whole
+from avfusion.media.transforms import preprocessing
+from avfusion.metrics.neighbours import nearest
+from avfusion.models.deepavfusion import DeepAVFusion
+from avfusion.viz.page import FRAMES, RATE, SIDE, Card, Thing, stacked, thumbnail, write_page
+
+HEAT = "inferno"
+SHOWN = {"localize": "where the sound comes from", "segment": "what sounds", "separate": "the sound of the picture"}
+LONGEST = 600.0  # seconds of a clip that a page plays
+
+
+class Said(Protocol):
+    """What a model says of a clip: an `avfusion.tasks.downstream.Prediction`."""
+
+    facts: dict[str, Any]
+    maps: dict[str, Tensor]
+    sounds: dict[str, Tensor]
+
+
+@dataclass
+class Comparison:
+    """An encoder, and a collection of features that it made. Raises ValueError where it is another one's."""
+
+    encoder: DeepAVFusion
+    collection: Features
+    count: int = 3  # clips that are shown
+
+    def __post_init__(self):
+        other = self.collection.weights not in (None, fingerprint(self.encoder))
+        if other or self.collection.x_fusion.shape[-1] != self.encoder.config.dim:
+            raise ValueError("the collection has features of another encoder: embed it with this one")
+
+
+@dataclass
+class Reporter:
+    """The models that a report asks.
+
+    `asked`: by the name of its task, the window of clips that a model sees, and what it says of a clip.
+    """
+
+    asked: dict[str, tuple[dict, Callable[[Clip], Said]]] = field(default_factory=dict)
+    comparison: Comparison | None = None
+
+    def write(self, clip: Path, page: Path) -> int:
+        """Write a clip's page; returns how many cards it has. Raises ClipError where the clip cannot be read."""
+        return write_page(page, self.cards(clip), title=clip.name)
+
+    def cards(self, path: Path) -> Iterator[Card]:
+        yield self._overview(path)
+        for name, title in SHOWN.items():
+            if name in self.asked:
+                window, ask = self.asked[name]
+                clip = read_clip(path, **window)
+                said = ask(clip)
+                facts = [f"{key}: {_text(value)}" for key, value in said.facts.items()]
+                caption = " · ".join([f"{clip.start:.1f} s to {clip.start + window['duration']:.1f} s", *facts])
+                frame, sounds = thumbnail(clip.frame), [Thing(n, None, None, _sound(x)) for n, x in said.sounds.items()]
+                for values in said.maps.values():
+                    frame = _heated(frame, values)
+                yield Card(title, caption, frame[None], np.array([clip.frame_time]), _sound(clip.waveform[0]),
+                           tuple(sounds))  # fmt: skip
+        if self.comparison is not None:
+            yield from self._neighbours(path, self.comparison)
+
+    def _overview(self, path: Path) -> Card:
+        frames, waveform = read_whole(
+            path, frame_rate=8, sample_rate=RATE, max_duration=LONGEST, crop=True, transform=thumbnail
+        )
+        frames, said = frames[:: math.ceil(len(frames) / FRAMES)], []
+        for name in ("finetune", "probe"):
+            if name in self.asked:
+                window, ask = self.asked[name]
+                said.append(f"{name}: {_text(ask(read_clip(path, **window)).facts['classes'])}")
+        pictures, times = stacked([image for _, image in frames]), np.array([time for time, _ in frames])
+        return Card(path.name, " · ".join(said) or "the clip", pictures, times, waveform[0].numpy())
+
+    def _neighbours(self, path: Path, comparison: Comparison) -> Iterator[Card]:
+        collection, encoder = comparison.collection, comparison.encoder
+        own = embed_clips(encoder, [path])
+        if own.failed:
+            raise own.failed[0]
+        count = min(comparison.count + 1, len(collection.clips))  # the clip may be one of them
+        similarity, rows = nearest(_joint(own), _joint(collection), count)
+        *_, window = preprocessing(encoder.config.image_size, encoder.config.audio_size)
+        shown = 0
+        for alike, row in zip(similarity[0].tolist(), rows[0].tolist(), strict=True):
+            other = Path(collection.clips[row])
+            if shown == comparison.count or (other.exists() and other.samefile(path)):
+                continue
+            shown += 1
+            title, caption = f"like it: {other.name}", f"similarity {alike:.3f}"
+            try:
+                clip = read_clip(other, start=collection.starts[row], **window)
+            except ClipError as error:
+                blank = np.full((1, SIDE, SIDE, 3), 200, np.uint8)
+                yield Card(title, f"{caption} · {error}", blank, np.zeros(1), np.zeros(1, np.float32))
+                continue
+            yield Card(title, caption, thumbnail(clip.frame)[None], np.array([clip.frame_time]),
+                       _sound(clip.waveform[0]))  # fmt: skip
+
+
+def _joint(features: Features) -> Tensor:
+    """Means over image, audio and fusion tokens, each of length 1, side by side."""
+    return F.normalize(features.pooled, dim=-1).flatten(1)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {100 * share:.0f} %" for name, share in value.items())  # names have commas
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _heated(frame: np.ndarray, values: Tensor) -> np.ndarray:
+    """A map [rows, columns], stretched to its own range, over a frame [H, W, 3]."""
+    values = F.interpolate(values[None, None].float(), frame.shape[:2], mode="bilinear")[0, 0]
+    low, high = values.min(), values.max()
+    colours = colormaps[HEAT](((values - low) / (high - low).clamp(min=1e-12)).numpy())[..., :3] * 255
+    return (0.5 * frame + 0.5 * colours).astype(np.uint8)
+
+
+def _sound(samples: Tensor) -> np.ndarray:
+    return samples.cpu().float().numpy()
