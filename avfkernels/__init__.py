@@ -1,6 +1,6 @@
 """Exact, fused attention over pairwise interactions of two token streams.
 
-Ops: `pair_attention`, `latent_attention`, `prefix_attention`; `merge_attention` joins partial results of any of them,
+Ops: `pair_attention`, `latent_attention`; `merge_attention` joins partial results of any of them,
 and `split_linear` applies the parts of a packed weight.
 Modules: `TokenFusion`, `DenseFusion`, `FactorizedFusion`; `accelerate` puts them into a model of the authors' release.
 `python -m avfkernels` shows what runs on this machine and why; `backend(name)` overrides the choice.
@@ -13,7 +13,7 @@ with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothi
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch  # noqa: F401
 
-from avfkernels.capture import CLIPS, Captured, pays
+from avfkernels.capture import CLIPS, Captured, pays, record
 from avfkernels.choice import backend, materialises
 from avfkernels.convert import accelerate
 from avfkernels.fold import weights_changed
@@ -44,6 +44,7 @@ __all__ = [
     "pair_attention",
     "pays",
     "read_prefix",
+    "record",
     "run_block",
     "split_linear",
     "weights_changed",

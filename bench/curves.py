@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from avfusion.config import PretrainConfig
-from avfusion.optim import set_rate
-from avfusion.step import RecordedStep, Step
-from avfusion.tasks.command import PRESETS
-from avfusion.tasks.pretrain import Pretrain
+from avfusion.tasks.pretrain import PRESETS, Pretrain, PretrainConfig
+from avfusion.training.optim import set_rate
+from avfusion.training.step import RecordedStep, Step
 from bench import measure
 from bench.report import COLOURS, GRID, INK
 
@@ -30,8 +28,8 @@ WAYS = ("plain", "fused")
 def losses(config: PretrainConfig, steps: int, way: str) -> list[float]:
     """The sum of both losses, a step each."""
     task, device = Pretrain(config), measure.DEVICE
-    loader = task.loader(task.open(make=True), config.batch_size, train=True)
-    torch.manual_seed(config.seed)
+    loader = task.loader(task.open(make=True), config.optim.batch_size, train=True)
+    torch.manual_seed(config.optim.seed)
     model = task.build().to(device).train()
     model.encoder.compiled = way == "fused"
     optimizer = task.optimizer(model)
@@ -45,7 +43,7 @@ def losses(config: PretrainConfig, steps: int, way: str) -> list[float]:
             loader.epoch, loader.consumed = epoch, 0
             batches = iter(loader)
             batch = next(batches)
-        set_rate(optimizer, config.blr * config.batch_size / 256, step, steps, steps // 5)
+        set_rate(optimizer, config.optim.blr * config.optim.batch_size / 256, step, steps, steps // 5)
         taking.part(task.prepare(batch, epoch, device), 0)
         *values, _ = taking.update()()
         found.append(sum(values[: len(taking.names)]))
@@ -63,7 +61,7 @@ def main() -> None:
         for fusion in FUSIONS:
             for way in WAYS:
                 changes = {"data": f"{clips}/set", "synth_clips": 200, "workers": 0, "fusion": fusion}
-                config = PretrainConfig(**PRESETS["tiny"] | changes)
+                config = PretrainConfig.of(**PRESETS["tiny"] | changes)
                 curves[f"{fusion}, {way}"] = losses(config, args.steps, way)
                 print(f"{fusion}, {way}: {curves[f'{fusion}, {way}'][0]:.6f} -> {curves[f'{fusion}, {way}'][-1]:.6f}")
     apart = {

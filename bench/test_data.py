@@ -21,7 +21,7 @@ import torch
 from avfusion import clips, data
 from avfusion.data import ClipLoader, Shards, Table, stills
 from avfusion.data.table import find_videos
-from avfusion.synth.command import synthesize
+from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from bench import encoder, measure
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from avfkernels.ops.dropout import keep_factor, threshold
-from avfkernels.ops.pair_triton import launch, padded, side, sides, widths
+from avfkernels.ops.pair_launch import launch, padded, side, sides, widths
 from avfkernels.ops.tiles import (
     at_head,
     dot,

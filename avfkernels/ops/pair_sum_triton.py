@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from avfkernels.ops.pair_triton import launch, padded, side, sides, widths
+from avfkernels.ops.pair_launch import launch, padded, side, sides, widths
 from avfkernels.ops.tiles import (
     at_head,
     dot,

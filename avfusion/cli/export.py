@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.description = "Write the encoder of a pre-training run as one file that `avfusion embed --checkpoint` and `load_encoder` read."
+    parser.description = (
+        "Write the encoder of a pre-training run as one file, which `avfusion embed --checkpoint` and `load_encoder` "
+        "read."
+    )
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder of a pre-training run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/encoder.safetensors, or .pth")
     parser.add_argument("--format", choices=["safetensors", "authors"], default="safetensors",

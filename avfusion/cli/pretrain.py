@@ -84,6 +84,7 @@ def train(args: argparse.Namespace) -> int:
     try:
         given = {name: getattr(args, name) for name, *_ in leaves(cls.settings) if hasattr(args, name)}
         config = cls.settings.of(**cls.presets[args.preset] | given)
+        config.check_new()
     except ValueError as error:
         args.parser.error(str(error))
     out = args.out or Path(args.folder.replace("PRESET", args.preset))

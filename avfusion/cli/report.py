@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     comparison = None
     if args.encoder is not None:
         encoder = load_encoder(encoder_file(args.encoder)).to(device)
-        comparison = Comparison(encoder, Features.load(args.collection), args.neighbours or 3)
+        try:
+            comparison = Comparison(encoder, Features.load(args.collection), args.neighbours or 3)
+        except ValueError as error:
+            raise ValueError(f"{args.collection}: {error} than {args.encoder}: embed the collection with it") from error
     reporter, failed, taken = Reporter(asked, comparison), [], set()
     for path in paths:
         page = args.out / f"{free_name(path.stem, taken)}.html"

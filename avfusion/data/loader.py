@@ -7,8 +7,9 @@ batches do not depend on the number of workers, and a resumed run sees what an u
 import json
 import multiprocessing.connection
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -173,19 +174,31 @@ class ClipLoader:
         if self.consumed and not self.sampler.rest(self.consumed):  # left after the last batch
             self.epoch, self.consumed = self.epoch + 1, 0
         self.sampler.epoch, self.sampler.consumed = self.epoch, self.consumed
-        with naming_dead_workers(self):
-            batches = iter(self.batches)
-        while True:
-            with naming_dead_workers(self):
-                found = next(batches, None)
-            if found is None:
-                break
+        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        batches = iter(self.batches)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # torch's raises wherever this process is, and names no clip: a death is found where a batch is missing.
+            signal.signal(signal.SIGCHLD, handler)
+        while (found := self._next(batches)) is not None:
             batch, errors, tried = found
             self.consumed += self.sampler.global_batch
             self._count(errors, tried)
             if batch is not None:
                 yield batch
         self.epoch, self.consumed = self.epoch + 1, 0
+
+    def _next(self, batches: Iterator) -> tuple[Batch | None, list[ClipError], int] | None:
+        try:
+            return next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            closing = 0.0 if isinstance(error, RuntimeError) else 5.0  # it has died while it was handing tensors over
+            held = self.held_by_dead_workers(closing)
+            if held is None:
+                raise
+            raise RuntimeError(
+                f"a worker has died while it was reading {', '.join(held) or 'nothing yet'} "
+                f"({type(error).__name__}: {error}); where memory ran out, take fewer workers"
+            ) from error
 
     def some(self, rows: list[int]) -> Batch:
         """A batch of the clips in these rows, read in this process; those that cannot be read are left out.
@@ -245,28 +258,6 @@ class ClipLoader:
             living = {child.pid for child in multiprocessing.active_children()}
         dead = [index for pid, index in workers.items() if pid not in living]
         return [self.source.name(index) for index in dead if index >= 0] if dead else None
-
-
-@contextmanager
-def naming_dead_workers(*loaders: ClipLoader) -> Iterator[None]:
-    """Adds to the error of a worker's death the clips that it held.
-
-    torch raises that error wherever the main thread is, as in a training step.
-    """
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:
-        closing = 0.0 if isinstance(error, RuntimeError) else 5.0  # it has died while it was handing tensors over
-        for loader in loaders:
-            held = loader.held_by_dead_workers(closing)
-            if held is not None and not hasattr(error, "held"):
-                died = RuntimeError(
-                    f"a worker has died while it was reading {', '.join(held) or 'nothing yet'} "
-                    f"({type(error).__name__}: {error}). Where memory ran out, take fewer workers"
-                )
-                died.held = held
-                raise died from error
-        raise
 
 
 def _reported(path: Path) -> dict[str, ClipError]:

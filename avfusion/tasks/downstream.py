@@ -58,9 +58,6 @@ class DownstreamConfig(TrainConfig):
 
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
 
-    def check_new(self) -> None:
-        """Raises ValueError for settings that a run cannot be trained with; one that has been can be loaded."""
-
 
 @dataclass
 class Prediction:
@@ -87,7 +84,6 @@ class Downstream(Task):
     ):
         self.pretrained, start = None, config.encoder
         if encoder_config is None:  # a new run
-            config.check_new()
             encoder_config = EncoderConfig()
             if start.weights:
                 self.pretrained = load_encoder(encoder_file(start.weights))

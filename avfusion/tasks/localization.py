@@ -21,7 +21,6 @@ from avfusion.tasks.retrieval import Contrastive
 from avfusion.training.task import Result, autocast, device_of, gathered
 from avfusion.viz.plots import plot_clips
 
-
 PRESETS = {
     "paper": TRAINED | {"layout": "flickr-soundnet", "epochs": 30, "warmup_epochs": 3.0},
     "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 1000,

@@ -112,6 +112,9 @@ class TrainConfig(Checked):
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
+    def check_new(self) -> None:
+        """Raises ValueError for settings that a run cannot be trained with; one that has been can be loaded."""
+
     @classmethod
     def of(cls: type[Config], **settings) -> Config:
         """From settings by their flat names. Raises ValueError for a name that there is none of."""

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 import avfkernels
 from avfusion import distributed
-from avfusion.data.loader import ClipLoader, naming_dead_workers
 from avfusion.data.sampler import random_seed
 from avfusion.data.samples import Source
 from avfusion.models.deepavfusion import Block
@@ -90,6 +89,7 @@ def train(
 
     # What can be checked is, before anything takes long.
     last, part = check_folder(task, out, resume), part_of_a_step(config)
+    config.check_new()
     check_tracker(config)
     task.check()
 
@@ -138,44 +138,41 @@ def train(
     found = Found(taking, out, source, bad, steps, run.max_bad_steps)
     log = Log(out, config, device, step=step, total=total, flop=flop)
 
-    with naming_dead_workers(loader, *evaluation.loaders):
-        if evaluation.due(step) and not (
-            last and curve.has(step)
-        ):  # at the beginning, and after a stop at an epoch's end
+    if evaluation.due(step) and not (last and curve.has(step)):  # at the beginning, and after a stop at an epoch's end
+        log.values(step, evaluation(step))
+    log.restart(step)
+    for epoch in range(step // steps, optim.epochs):
+        batches, found.taken = iter(loader), []
+        for _ in range(steps - step % steps):
+            lr = optim.blr * optim.batch_size / 256
+            lr = set_rate(optimizer, lr, step / steps, optim.epochs, optim.warmup_epochs)
+            clips = []
+            for micro in range(optim.accumulation):
+                batch = next(batches)
+                clips += batch.index.tolist()
+                taking.part(task.prepare(batch, epoch, device), micro)
+            found.later(step, clips, taking.update())
+            step += 1
+            if step % steps == 0:
+                loader.epoch, loader.consumed = epoch + 1, 0  # what is left is less than a batch
+            saves = bool(run.save_steps) and step % run.save_steps == 0
+            read = STOP.received or saves or step % run.log_steps == 0 or step % steps == 0
+            found.settle(left=0 if read else int(taking.on_device))
+            log.step(step, found.losses, found.norm, lr)
+            if found.stopping:
+                found.settle(left=0)  # the signal may have come while the step before was read
+                save(step, found.bad)
+                log.close()
+                distributed.say(f"{out}: stopped by {signal.Signals(STOP.received or signal.SIGTERM).name} after "
+                                f"step {step}, saved; the same command with --resume goes on")  # fmt: skip
+                return False
+            if saves and step % steps:
+                save(step, found.bad)
+        if evaluation.due(step):
             log.values(step, evaluation(step))
-        log.restart(step)
-        for epoch in range(step // steps, optim.epochs):
-            batches, found.taken = iter(loader), []
-            for _ in range(steps - step % steps):
-                lr = optim.blr * optim.batch_size / 256
-                lr = set_rate(optimizer, lr, step / steps, optim.epochs, optim.warmup_epochs)
-                clips = []
-                for micro in range(optim.accumulation):
-                    batch = next(batches)
-                    clips += batch.index.tolist()
-                    taking.part(task.prepare(batch, epoch, device), micro)
-                found.later(step, clips, taking.update())
-                step += 1
-                if step % steps == 0:
-                    loader.epoch, loader.consumed = epoch + 1, 0  # what is left is less than a batch
-                saves = bool(run.save_steps) and step % run.save_steps == 0
-                read = STOP.received or saves or step % run.log_steps == 0 or step % steps == 0
-                found.settle(left=0 if read else int(taking.on_device))
-                log.step(step, found.losses, found.norm, lr)
-                if found.stopping:
-                    found.settle(left=0)  # the signal may have come while the step before was read
-                    save(step, found.bad)
-                    log.close()
-                    distributed.say(f"{out}: stopped by {signal.Signals(STOP.received or signal.SIGTERM).name} after "
-                                    f"step {step}, saved; the same command with --resume goes on")  # fmt: skip
-                    return False
-                if saves and step % steps:
-                    save(step, found.bad)
-            if evaluation.due(step):
-                log.values(step, evaluation(step))
-                log.restart(step)
-            save(step, found.bad)
-            distributed.say(f"epoch {epoch + 1}/{optim.epochs}: loss {found.means()}")
+            log.restart(step)
+        save(step, found.bad)
+        distributed.say(f"epoch {epoch + 1}/{optim.epochs}: loss {found.means()}")
     log.close()
     distributed.barrier()
     return True
@@ -285,18 +282,16 @@ class Evaluation:
         self.task, self.model, self.curve, self.steps, self.dtype = task, model, curve, steps, dtype
         self.compiled, self.sharded = compiled, sharded
         wanted = task.config.data.eval_clips
-        self.loaders: list[ClipLoader] = (
-            [task.loader(task.open_evaluation(), batch, train=False, **place)] if wanted else []
-        )
+        self.loader = task.loader(task.open_evaluation(), batch, train=False, **place) if wanted else None
 
     def due(self, step: int) -> bool:
         (epoch, rest), config = divmod(step, self.steps), self.task.config
         often = epoch % config.run.eval_epochs == 0 or epoch == config.optim.epochs
-        return bool(self.loaders) and not rest and often
+        return self.loader is not None and not rest and often
 
     def __call__(self, step: int) -> dict[str, float]:
         """What it finds, for the log."""
-        copy, loader, out = whole(self.model, self.task, self.sharded), self.loaders[0], self.curve.out / "pictures"
+        copy, loader, out = whole(self.model, self.task, self.sharded), self.loader, self.curve.out / "pictures"
         training, compiled = copy.training, copy.encoder.compiled
         copy.eval().encoder.compiled = self.compiled
         found = self.task.evaluate(copy, loader, self.dtype).summary

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import avfkernels
-from avfkernels import capture
 from avfusion.training.task import autocast
 
 
@@ -161,7 +160,7 @@ class RecordedStep(Step):
         try:
             with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*capturable=True.*")  # while it is warmed up
-                _, self.graphs[key] = capture.record(function, self.device)
+                _, self.graphs[key] = avfkernels.record(function, self.device)
         except Exception as error:  # whatever compilers and drivers raise
             self.recording = self.model.encoder.compiled = False
             warnings.warn(f"training runs uncompiled: {type(error).__name__}: {error}", stacklevel=3)

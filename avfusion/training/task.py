@@ -131,8 +131,8 @@ class Task(ABC):
         except ValueError as error:
             if not str(error).startswith("split="):
                 raise
-            raise ValueError(f"{where}: {error}. Name another, or all, by --split or --eval-split, or other clips to "
-                             "evaluate on by --eval-data") from error  # fmt: skip
+            raise ValueError(f"{where}: {error} (name another, or all, by --split or --eval-split, or other clips to "
+                             "evaluate on by --eval-data)") from error  # fmt: skip
 
     def samples(self, source: Source, *, train: bool) -> Dataset:
         """What the model sees of the clips of a source: a composition of `avfusion.data.samples`."""

@@ -48,7 +48,7 @@ class Comparison:
     def __post_init__(self):
         other = self.collection.weights not in (None, fingerprint(self.encoder))
         if other or self.collection.x_fusion.shape[-1] != self.encoder.config.dim:
-            raise ValueError("the collection has features of another encoder: embed it with this one")
+            raise ValueError("features of another encoder")
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Reporter:
                 window, ask = self.asked[name]
                 clip = read_clip(path, **window)
                 said = ask(clip)
-                facts = [f"{key}: {_text(value)}" for key, value in said.facts.items()]
+                facts = [f"{key}: {text(value)}" for key, value in said.facts.items()]
                 caption = " · ".join([f"{clip.start:.1f} s to {clip.start + window['duration']:.1f} s", *facts])
                 frame, sounds = thumbnail(clip.frame), [Thing(n, None, None, _sound(x)) for n, x in said.sounds.items()]
                 for values in said.maps.values():
@@ -90,7 +90,7 @@ class Reporter:
         for name in ("finetune", "probe"):
             if name in self.asked:
                 window, ask = self.asked[name]
-                said.append(f"{name}: {_text(ask(read_clip(path, **window)).facts['classes'])}")
+                said.append(f"{name}: {text(ask(read_clip(path, **window)).facts['classes'])}")
         pictures, times = stacked([image for _, image in frames]), np.array([time for time, _ in frames])
         return Card(path.name, " · ".join(said) or "the clip", pictures, times, waveform[0].numpy())
 
@@ -124,7 +124,7 @@ def _joint(features: Features) -> Tensor:
     return F.normalize(features.pooled, dim=-1).flatten(1)
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{name} {100 * share:.0f} %" for name, share in value.items())  # names have commas
     return f"{value:.3f}" if isinstance(value, float) else str(value)

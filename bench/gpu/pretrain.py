@@ -9,7 +9,7 @@ import torch
 
 import avfkernels
 from avfusion import AVMAE
-from avfusion.step import RecordedStep, Step
+from avfusion.training.step import RecordedStep, Step
 from bench import encoder, flops, measure
 from bench.gpu.encoder import MATERIALISED, ROWS, build, inputs, matmul_peak
 from bench.gpu.rows import BATCHES, CUDA, DEVICE, HALF, TOY, Rows, check, timing

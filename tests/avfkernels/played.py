@@ -28,5 +28,6 @@ def play_graphs(monkeypatch, note: Callable = lambda outputs: len(outputs[0]), r
         return outputs, replay
 
     monkeypatch.setattr(capture, "record", record)
+    monkeypatch.setattr("avfkernels.record", record)
     monkeypatch.setattr(capture, "pays", lambda device: True)
     return made

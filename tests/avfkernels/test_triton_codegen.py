@@ -92,7 +92,7 @@ def launched(monkeypatch):
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from avfkernels.ops import pair, pair_triton
+    from avfkernels.ops import pair, pair_launch
 
     class NoDriver:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -106,7 +106,7 @@ def launched(monkeypatch):
         kernel._run = lambda *args: calls.append((args[4], args[:3], args[9:]))
 
     monkeypatch.setattr(CompiledKernel, "_init_handles", init)
-    monkeypatch.setattr(pair_triton, "_compiled", {})
+    monkeypatch.setattr(pair_launch, "_compiled", {})
     monkeypatch.setitem(pair.WHY_NOT, "triton", lambda a: None)
     driver.set_active(NoDriver())
     return calls

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from avfusion.metrics import retrieval
+from avfusion.metrics.neighbours import nearest
 from avfusion.metrics.retrieval import paired_ranks, retrieval_scores
-from avfusion.probe import nearest
 
 
 def ranks_one_by_one(queries, gallery):

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from made_clips import noise, number, picture, write_clip
 from PIL import Image
 
 from avfusion import ClipError, data
-
-from .media import noise, number, picture, write_clip
 
 A, B, C = "aaaaaaaaaa1", "-b_bbbbbbb2", "ccccccccc_3"
 
@@ -301,9 +300,9 @@ def test_bad_flickr_annotation_names_its_file(write, tmp_path, xml, message):
 def test_unknown_layouts_splits_and_folders(write, tmp_path):
     with pytest.raises(ValueError, match="layout='vgg': expected one of vggsound, "):
         data.read("vgg", tmp_path)
-    with pytest.raises(ValueError, match="split='val': expected train, test"):
+    with pytest.raises(ValueError, match="split='val': expected one of train, test, all"):
         data.read("vggsound", write(VGGSOUND), split="val")
-    with pytest.raises(ValueError, match="split='train': expected None, this layout has no splits"):
+    with pytest.raises(ValueError, match="split='train': expected all"):
         data.read("folder", tmp_path, split="train")
     with pytest.raises(data.LayoutError, match="no such directory"):
         data.read("folder", tmp_path / "nowhere")
@@ -315,7 +314,7 @@ def test_unknown_layouts_splits_and_folders(write, tmp_path):
         (lambda root: (root / "audio/1.wav").write_bytes(b""), "audio", "cannot be decoded"),
         (lambda root: (root / "audio/1.wav").write_text("a dark and stormy night"), "audio", "cannot be decoded"),
         (lambda root: (root / "frames/1.jpg").write_bytes(b"\xff\xd8\xff"), "video", "cannot be decoded"),
-        (lambda root: sound(root / "audio/1.wav", 0.25), "audio", "too short: 0.25 s"),
+        (lambda root: sound(root / "audio/1.wav", 0.25), "file", "too short: 0.25 s"),
         (lambda root: (root / "frames/1.jpg").unlink(), "video", "cannot be decoded"),
     ],
 )

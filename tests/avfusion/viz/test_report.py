@@ -8,12 +8,14 @@ import torch
 
 from avfusion import DeepAVFusion, EncoderConfig, load_encoder, save_encoder
 from avfusion.cli import main
-from avfusion.features import Features, fingerprint
-from avfusion.report import Reporter
-from avfusion.synth.command import synthesize
+from avfusion.embedding.store import Features, fingerprint
+from avfusion.media.reader import read_whole
+from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
+from avfusion.viz import report as viz_report
+from avfusion.viz.report import Comparison, Reporter, text
 
-from .test_browse import browse, decode, embedded
+from .test_page import browse, decode, embedded
 
 ENCODER = EncoderConfig(
     dim=32, depth=1, num_heads=2, image_size=(32, 32), audio_size=(32, 64), fusion_tokens=2, image_agg_tokens=2,
@@ -81,17 +83,38 @@ def test_a_bad_clip_costs_no_other_page(made, tmp_path, capsys):
     assert names == {f"{clip.stem}.html", f"{clip.stem}-2.html"}
 
 
-def test_what_does_not_fit_is_named(made, tmp_path):
-    with pytest.raises(ValueError, match="a run of localize, expected one of segment"):
-        Reporter.load({"segment": made / "run-localize"})
-    with pytest.raises(ValueError, match="neighbours need both"):
-        Reporter.load({}, str(made / "encoder.safetensors"))
-    old = Features.load(made / "all.safetensors")
+def test_what_does_not_fit_is_named(made, tmp_path, capsys):
+    clip = str(next((made / "vggsound" / "clips").rglob("*.mp4")))
+
+    def report(*options):
+        return main(["report", clip, "--out", str(tmp_path / "pages"), *map(str, options)])
+
+    assert report("--segment", made / "run-localize") == 1
+    assert "a run of localize, expected one of segment" in capsys.readouterr().err
+    for options in (["--encoder", made / "encoder.safetensors"], ["--neighbours", 2]):
+        with pytest.raises(SystemExit) as ended:
+            report(*options)
+        assert ended.value.code == 2
+        assert "--collection" in capsys.readouterr().err
+    encoder, old = load_encoder(made / "encoder.safetensors"), Features.load(made / "all.safetensors")
     assert old.weights == fingerprint(load_encoder(made / "encoder.safetensors").bfloat16())
     old.weights = None  # as of a file that does not tell
-    old.save(tmp_path / "old.safetensors")
-    assert Reporter.load({}, str(made / "encoder.safetensors"), tmp_path / "old.safetensors").collection is not None
+    assert Comparison(encoder, old).count == 3
     for config in (EncoderConfig(dim=64, depth=1, num_heads=2), ENCODER):  # of another width, or trained otherwise
         save_encoder(DeepAVFusion(config), tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match=r"all\.safetensors: features of another encoder than .*other"):
-            Reporter.load({}, str(tmp_path / "other.safetensors"), made / "all.safetensors")
+        assert report("--encoder", tmp_path / "other.safetensors", "--collection", made / "all.safetensors") == 1
+        assert re.search(r"all\.safetensors: features of another encoder than .*other", capsys.readouterr().err)
+
+
+def test_a_report_plays_the_middle_of_a_long_clip(made, tmp_path, monkeypatch):
+    clip = next((made / "vggsound" / "clips").rglob("*.mp4"))
+    monkeypatch.setattr(viz_report, "LONGEST", 1.0)
+    (card,) = Reporter().cards(clip)
+    assert len(card.waveform) == 16000
+    _, sound = read_whole(clip, frame_rate=4)
+    assert len(card.frames) == 8
+    np.testing.assert_allclose(card.waveform, sound[0, 4000:20000], atol=1e-6)  # of 1.5 s, but for resampling
+
+
+def test_commas_in_names_of_classes_do_not_split_them():
+    assert text({"Speech, child": 0.4, "Music": 0.25}) == "Speech, child 40 %; Music 25 %"

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shutil
 import weakref
 from fractions import Fraction
 from pathlib import Path
@@ -12,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
+from made_clips import CLICK, FPS, cut, noise, number, picture, write_clip
 from PIL import Image
 
-from avfusion.clips import ClipDataset, ClipError, LogMel, Sample, collate_clips, image_transform, read_clip, read_whole
-
-from .media import CLICK, FPS, cut, noise, number, picture, write_clip
+from avfusion.media.clip import ClipError
+from avfusion.media.reader import read_clip, read_whole
+from avfusion.media.transforms import LogMel, image_transform
 
 RATE = 16000
 
@@ -225,7 +225,7 @@ def test_file_name_that_looks_like_a_protocol(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["guitar_and_keyboard.mp4", "keyboard_and_tabla.mp4"])
 def test_demonstration_clips(name):
-    path = Path(__file__).parents[3] / "shared" / "media" / name
+    path = Path(__file__).parents[4] / "shared" / "media" / name
     if not path.exists():
         pytest.skip("the demonstration clips are not here")
     clip = read_clip(path)
@@ -453,23 +453,3 @@ def test_training_transform_varies():
     a, b = transform(image), transform(image)
     assert a.shape == b.shape == (3, 32, 48)
     assert not torch.equal(a, b)
-
-
-# --- data set ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loader_carries_failures_beside_the_batches(tmp_path, workers):
-    good = write_clip(tmp_path / "good.mp4")
-    silent = write_clip(tmp_path / "silent.mp4", audio=None)
-    paths = [good, silent, tmp_path / "missing.mp4", shutil.copy(good, tmp_path / "again.mp4"), silent]
-    dataset = ClipDataset(paths, image_transform((32, 32)), duration=1.0)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate_clips)
-    batches, failures = zip(*loader, strict=True)
-
-    assert [batch and batch.index.tolist() for batch in batches] == [[0], [3], None]
-    assert batches[0].image.shape == (1, 3, 32, 32)
-    assert batches[0].waveform.shape == (1, 1, 16000)
-    assert batches[0].start.tolist() == [1.5]
-    assert [error.path for errors in failures for error in errors] == [silent, str(paths[2]), silent]
-    assert isinstance(dataset[0], Sample)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from avfusion.clips import LogMel
+from avfusion.media.transforms import LogMel
 from avfusion.metrics.separation import (
     apply_mask,
     bss_eval,

@@ -10,10 +10,10 @@ from safetensors import safe_open
 from torch import nn
 
 from avfusion import DeepAVFusion, EncoderConfig
-from avfusion.heads.classifier import MODALITIES, Classifier
-from avfusion.optim import lars, layer_decay_groups, rate, set_rate
+from avfusion.models.heads.classifier import MODALITIES, Classifier
+from avfusion.training.optim import lars, layer_decay_groups, rate, set_rate
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "head_classifier.safetensors"
+GOLDEN = Path(__file__).parents[2] / "golden" / "head_classifier.safetensors"
 SMALL = EncoderConfig(
     dim=32, depth=2, num_heads=2, image_size=(32, 32), audio_size=(32, 48),
     fusion_tokens=4, image_agg_tokens=2, audio_agg_tokens=3, drop_path=0.5,

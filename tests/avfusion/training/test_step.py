@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,17 +12,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avfkernels import capture, layer
-from avfusion import train
-from avfusion.config import PretrainConfig
-from avfusion.optim import adamw, set_rate
-from avfusion.runs import RunError
-from avfusion.step import RecordedStep, Step
-from avfusion.synth.command import synthesize
+from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
-from avfusion.tasks.pretrain import Pretrain
+from avfusion.tasks.pretrain import Pretrain, PretrainConfig
+from avfusion.training import loop as train
+from avfusion.training.optim import adamw, set_rate
+from avfusion.training.run_folder import RunError
+from avfusion.training.step import RecordedStep, Step
 
 CPU = torch.device("cpu")
-CONFIG = PretrainConfig(
+CONFIG = PretrainConfig.of(
     data="nowhere", dim=32, depth=2, num_heads=2, image_size=(64, 64), audio_size=(32, 64), fusion_tokens=2,
     image_agg_tokens=2, audio_agg_tokens=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2, batch_size=4,
 )  # fmt: skip
@@ -95,7 +93,7 @@ def test_recorded_steps_are_the_steps(recorded, parts):
 
 
 def test_recording_draws_no_random_numbers(recorded):
-    config = replace(CONFIG, drop_path=0.5)
+    config = CONFIG.but(drop_path=0.5)
     found, expected = steps(RecordedStep, config=config)[0], steps(Step, config=config)[0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -148,7 +146,7 @@ def test_a_failure_to_record_is_reported_once_and_training_goes_on(monkeypatch, 
             raise RuntimeError("the capture was invalidated")
         return record(function, device)
 
-    monkeypatch.setattr(capture, "record", fails)
+    monkeypatch.setattr("avfkernels.record", fails)
     with pytest.warns(UserWarning, match="training runs uncompiled: RuntimeError: the capture") as warned:
         found, _, counts = steps(RecordedStep)
     assert sum("uncompiled" in str(w.message) for w in warned) == 1
@@ -164,7 +162,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips") / "set"
     synthesize(folder, Settings(clips=15, classes=2, size=64, seconds=1.5, fps=4))
     changes = {"data": str(folder), "workers": 0, "epochs": 2, "blr": 0.1, "warmup_epochs": 1, "eval_clips": 0}
-    return replace(CONFIG, **changes, log_steps=2, tracker="none")
+    return CONFIG.but(**changes, log_steps=2, tracker="none")
 
 
 @pytest.fixture
@@ -202,9 +200,9 @@ def test_a_recorded_run_is_resumed_bit_for_bit_by_one_of_its_kind_and_by_a_plain
 
     for name, begun, ended in (("there", False, None), ("back", None, False)):  # the second epoch in another way
         out = tmp_path / name
-        assert train.train(Pretrain(replace(config, compile=begun)), out)
+        assert train.train(Pretrain(config.but(compile=begun)), out)
         shutil.rmtree(out / "checkpoints" / "step-00000006")
-        assert train.train(Pretrain(replace(config, compile=ended)), out, resume=True)
+        assert train.train(Pretrain(config.but(compile=ended)), out, resume=True)
         other = weights_of(out)
         assert max((first[key] - other[key]).abs().max() for key in first if not key.endswith("qkv.bias")) < 2e-2
 

@@ -6,8 +6,8 @@ import torch
 from sklearn.metrics import auc
 
 from avfusion import DeepAVFusion, EncoderConfig
-from avfusion.heads.localization import attention_map, center_prior, similarity_map
 from avfusion.metrics.localization import SIZE, consensus_iou, consensus_map, localization_scores
+from avfusion.models.heads.localization import attention_map, center_prior, similarity_map
 
 SMALL = EncoderConfig(
     dim=32, depth=3, num_heads=2, image_size=(64, 48), audio_size=(32, 48),

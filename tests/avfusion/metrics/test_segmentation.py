@@ -135,6 +135,6 @@ def test_what_several_processes_gathered_is_joined(monkeypatch):
         whole.update(probability, truth)
         parts[part].update(probability, truth)
     states = [{name: getattr(part, name) for name in part.gathered} for part in parts]
-    monkeypatch.setattr(segmentation, "gather_object", lambda own: states)
+    monkeypatch.setattr(segmentation.distributed, "gather", lambda own: states)
     assert parts[0].of_all_processes().compute() == pytest.approx(whole.compute(), abs=1e-12, nan_ok=True)
     assert len(parts[0].iou) == 1  # itself unchanged

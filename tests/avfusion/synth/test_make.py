@@ -19,14 +19,13 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from synthetic import SMALL, brightness, frames_of, levels, masks_of, sources_of, truths_of
 
 from avfusion.cli import main
-from avfusion.clips import read_clip
-from avfusion.synth import command, layouts
-from avfusion.synth.command import synthesize
+from avfusion.media.reader import read_clip
+from avfusion.synth import layouts, make
+from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
-
-from .synthetic import SMALL, brightness, frames_of, levels, masks_of, sources_of, truths_of
 
 # What colour the looks have that no background has: hue of 255, and how far from it a pixel may be.
 HUES = {"striped ball": (0, 8), "chequered diamond": (200, 8), "furry puff": (233, 8), "scaly crescent": (126, 14)}
@@ -173,7 +172,7 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(command.os, "replace", full)
+    monkeypatch.setattr(make.os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         synthesize(tmp_path, SMALL)
     assert all(name.endswith(".part") for name in tree(tmp_path))
@@ -231,8 +230,7 @@ def test_other_settings_are_not_mixed_in(tmp_path, change, named):
 
 def test_somebody_elses_directory_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(SystemExit):
-        main(["synth", str(tmp_path), "--clips", "1"])
+    assert main(["synth", str(tmp_path), "--clips", "1"]) == 1
     assert "not empty, and not made by synth" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -240,7 +238,7 @@ def test_somebody_elses_directory_is_left_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [("--size 63", "size=63: expected an even number"), ("--classes 1", "classes=1: expected 2 to 12"),
-     ("--clips 0", "clips=0"), ("--seconds 0.2", "seconds=0.2"), ("--workers 0", "--workers 0"),
+     ("--clips 0", "clips=0"), ("--seconds 0.2", "seconds=0.2"), ("--workers 0", "--workers: 0 is less than 1"),
      ("--seconds 0", "seconds=0"), ("--fps 0", "fps=0"), ("--seconds 4 --layout avsbench", "leave it out"),
      ("--fps 8 --layout flickr-soundnet", "leave it out")],
 )  # fmt: skip
@@ -254,8 +252,8 @@ def test_bad_options_are_named(tmp_path, capsys, options, message):
 
 # Worker processes start anew.
 def test_a_killed_worker_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_make", _die)
-    with pytest.raises(command.BrokenProcessPool, match="fewer --workers"):
+    monkeypatch.setattr(make, "_make", _die)
+    with pytest.raises(make.BrokenProcessPool, match="fewer --workers"):
         synthesize(tmp_path, SMALL, workers=2)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from avfusion import CheckpointError, DeepAVFusion, EncoderConfig, checkpoint, load_encoder, save_encoder
-from avfusion.checkpoint import load_unimodal
+from avfusion import CheckpointError, DeepAVFusion, EncoderConfig, load_encoder, save_encoder
+from avfusion.models import checkpoint
+from avfusion.models.checkpoint import load_unimodal
 
 CONFIG = EncoderConfig(dim=64, depth=2, num_heads=1, image_size=(32, 32), audio_size=(128, 32))
 

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_clips import noise, write_clip
 from PIL import Image
 
-import avfusion.model
+import avfusion.models.deepavfusion
 from avfusion.cli import main
-from avfusion.clips import ClipError, LogMel, image_transform, read_clip
-from avfusion.features import Features, embed, embed_clips
-from avfusion.model import DeepAVFusion, EncoderConfig
-from avfusion.plots import plot_clip
-
-from .media import noise, write_clip
+from avfusion.embedding.embed import embed_clips
+from avfusion.embedding.store import Features
+from avfusion.media.clip import ClipError
+from avfusion.media.reader import read_clip
+from avfusion.media.transforms import LogMel, image_transform
+from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
+from avfusion.viz.plots import plot_clip
 
 # 1 s of 32 mel bands (4 x 2 patches of 16) beside 32 x 48 pixels (2 x 3 patches).
 SMALL = {"dim": 32, "depth": 2, "num_heads": 2, "image_size": (32, 48), "audio_size": (32, 64), "fusion_tokens": 4}
@@ -41,7 +43,7 @@ def clips(tmp_path_factory):
 
 def test_features_are_the_models_outputs_for_the_middle_of_the_clip(clips):
     model = small_model().eval()
-    features = embed(model, clips["good"][0])
+    features = model.embed(clips["good"][0])
     clip = read_clip(clips["good"][0], duration=1.0)
     image, audio = image_transform((32, 48))(clip.frame), LogMel(n_mels=32)(clip.waveform)
     with torch.no_grad():
@@ -63,12 +65,12 @@ def test_rows_follow_the_clips_and_failures_are_listed(clips):
     assert features.x_audio.shape == (4, 8, 32)
     assert features.x_fusion.shape == (4, 4, 32)
     for row, path in enumerate(features.clips):
-        torch.testing.assert_close(features.pooled[row], embed(model, path)["pooled"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features.pooled[row], model.embed(path)["pooled"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fusion", ["factorized", "token", "none"])
 def test_every_kind_of_fusion_has_features(clips, fusion):
-    features = embed(small_model(fusion=fusion), clips["good"][0])
+    features = small_model(fusion=fusion).embed(clips["good"][0])
     assert all(x.isfinite().all() and x.dtype == torch.float32 for x in features.values())
 
 
@@ -85,26 +87,29 @@ def test_model_keeps_its_mode_and_features_can_train_a_probe(clips):
     assert model.training
     assert not model.image.training
     assert model.audio.training
-    torch.testing.assert_close(embed(model, clips["good"][0])["pooled"], features.pooled[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.embed(clips["good"][0])["pooled"], features.pooled[0], rtol=1e-4, atol=1e-5)
     probe = torch.nn.Linear(32, 2)
     probe(features.pooled).sum().backward()  # needs tensors made outside inference mode
     assert probe.weight.grad.abs().sum() > 0
 
 
 def test_half_precision_model(clips):
-    pooled = embed(small_model().bfloat16(), clips["good"][0])["pooled"]
+    pooled = small_model().bfloat16().embed(clips["good"][0])["pooled"]
     assert pooled.dtype == torch.float32
-    torch.testing.assert_close(pooled, embed(small_model(), clips["good"][0])["pooled"], rtol=0, atol=0.1)
+    torch.testing.assert_close(pooled, small_model().embed(clips["good"][0])["pooled"], rtol=0, atol=0.1)
 
 
 def test_embed_method_of_the_model(clips):
     model = small_model()
-    torch.testing.assert_close(model.embed(clips["good"][0]), embed(model, clips["good"][0]))
+    features = embed_clips(model, clips["good"][:1])
+    assert model.embed(clips["good"][0]).keys() == features.tensors().keys()
+    for name, tensor in features.tensors().items():
+        torch.testing.assert_close(model.embed(clips["good"][0])[name], tensor[0])
 
 
 def test_embed_raises_for_a_clip_that_cannot_be_read(clips):
     with pytest.raises(ClipError, match="no audio stream"):
-        embed(small_model(), clips["silent"])
+        small_model().embed(clips["silent"])
 
 
 def test_saved_features_come_back(clips, tmp_path):
@@ -145,7 +150,7 @@ def test_nothing_to_save_is_an_error(clips, tmp_path):
 @pytest.fixture
 def small_default(monkeypatch):
     """Models without a checkpoint are small."""
-    monkeypatch.setattr(avfusion.model, "EncoderConfig", functools.partial(EncoderConfig, **SMALL))
+    monkeypatch.setattr(avfusion.models.deepavfusion, "EncoderConfig", functools.partial(EncoderConfig, **SMALL))
 
 
 @pytest.mark.usefixtures("small_default")
@@ -218,8 +223,6 @@ def test_command_writes_nothing_when_every_clip_fails(clips, tmp_path, capsys):
         (["embed", "{clip}", "--out", "{clip}/f.safetensors"], "cannot make the output directory"),
         (["embed", "--plot", "{clip}", "{clip}"], "put the clips before --plot"),
         (["embed", "{empty}"], "no video files"),
-        (["embed", "{clip}", "--checkpoint", "{missing}"], "missing.mp4"),
-        (["embed", "{clip}", "--checkpoint", "{clip}"], "a.mp4"),
     ],
 )
 def test_usage_error_exits_with_2_and_says_why(clips, tmp_path, capsys, arguments, message):
@@ -228,6 +231,15 @@ def test_usage_error_exits_with_2_and_says_why(clips, tmp_path, capsys, argument
         main([argument.format(**names) for argument in arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["{missing}", "{clip}"])
+def test_a_checkpoint_that_cannot_be_read_is_a_failure(clips, tmp_path, capsys, wrong):
+    wrong = wrong.format(clip=clips["good"][0], missing=clips["missing"])
+    out = str(tmp_path / "f.safetensors")
+    assert main(["embed", clips["good"][0], "--checkpoint", wrong, "--out", out]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"avfusion embed: error: {wrong}: ")
 
 
 def run(*arguments, cwd):
@@ -239,7 +251,7 @@ def run(*arguments, cwd):
 
 # A process of its own, which starts torch.
 def test_program_embeds_with_a_checkpoint(clips, tmp_path):
-    from avfusion.checkpoint import save_encoder
+    from avfusion.models.checkpoint import save_encoder
 
     model = small_model()
     save_encoder(model, tmp_path / "weights.safetensors")

@@ -9,21 +9,23 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from avfusion import DeepAVFusion, data, load_encoder, runs, train
+from avfusion import DeepAVFusion, data, load_encoder
 from avfusion.cli import main
-from avfusion.config import PretrainConfig, load_config
-from avfusion.optim import rise, set_rate
-from avfusion.runs import RunError, export, latest_checkpoint
-from avfusion.synth.command import synthesize
+from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
-from avfusion.tasks.pretrain import Pretrain
+from avfusion.tasks.pretrain import Pretrain, PretrainConfig
+from avfusion.training import loop as train
+from avfusion.training import run_folder
+from avfusion.training.config import load_config
+from avfusion.training.optim import rise, set_rate
+from avfusion.training.run_folder import RunError, export, latest_checkpoint
 
 pytestmark = pytest.mark.long
 STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
@@ -38,7 +40,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(clips):
-    return PretrainConfig(
+    return PretrainConfig.of(
         data=str(clips), workers=0, dim=32, depth=2, num_heads=2, image_size=(64, 64), audio_size=(32, 64),
         fusion_tokens=2, image_agg_tokens=2, audio_agg_tokens=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2,
         epochs=3, batch_size=4, warmup_epochs=1, blr=0.1, eval_clips=0, log_steps=1, tracker="none", drop_path=0.2,
@@ -108,10 +110,10 @@ def test_a_run_leaves_what_it_was_made_with_and_its_last_checkpoints(config, cli
     assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
     facts = json.loads((undisturbed / "run.json").read_text())
     table = data.read("vggsound", clips, "train")
-    assert facts["data"] == {"clips": 12, "sha256": table.sha256, "classes": list(table.classes)}
+    assert facts["data"] == {"clips": 12, "sha256": table.sha256, "classes": list(table.classes), "multi_label": False}
     (part,) = facts["parts"]
     assert (part["step"], part["processes"], part["code"]["torch"]) == (0, 1, torch.__version__)
-    assert load_config(undisturbed / "run.json") == config
+    assert load_config(undisturbed, "pretrain", PretrainConfig) == config
     weights, state = files(undisturbed)
     fresh = build(config).state_dict()
     assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in fresh.items()}
@@ -120,7 +122,7 @@ def test_a_run_leaves_what_it_was_made_with_and_its_last_checkpoints(config, cli
 
 # Five starts of a run, nine steps, each with its checkpoint.
 def test_crashes_at_any_step_and_resuming_give_the_same_bits(config, undisturbed, tmp_path, monkeypatch):
-    config, out = replace(config, save_steps=1, keep=1), tmp_path / "run"
+    config, out = config.but(save_steps=1, keep=1), tmp_path / "run"
     for steps in (3, 1, 4):  # the first epoch's end, twice the same step, the middle of an epoch
         at_step(monkeypatch, steps, crash)
         with pytest.raises(Crash):
@@ -134,9 +136,9 @@ def test_crashes_at_any_step_and_resuming_give_the_same_bits(config, undisturbed
 
 
 def command(config, *options):
-    settings = [f"--{item.name.replace('_', '-')}" for item in fields(config)]
     words = []
-    for flag, value in zip(settings, asdict(config).values(), strict=True):
+    for name, value in config.flat().items():
+        flag = f"--{name.replace('_', '-')}"
         if value is None:
             continue
         if isinstance(value, bool):
@@ -148,7 +150,7 @@ def command(config, *options):
 
 # A process of its own, which starts torch and takes four steps.
 def test_killed_while_it_computes_and_resumed_by_the_command_line(config, undisturbed, tmp_path):
-    config, out = replace(config, save_steps=1), tmp_path / "run"
+    config, out = config.but(save_steps=1), tmp_path / "run"
     line = [sys.executable, "-m", "avfusion", *command(config, "--out", out)]
     with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         while process.poll() is None and (latest_checkpoint(out) or out).name < "step-00000004":
@@ -161,7 +163,7 @@ def test_killed_while_it_computes_and_resumed_by_the_command_line(config, undist
 
 @pytest.mark.slow
 def test_twenty_random_kills_change_no_bit(config, undisturbed, tmp_path):
-    config, out, rng = replace(config, save_steps=1), tmp_path / "run", random.Random(0)
+    config, out, rng = config.but(save_steps=1), tmp_path / "run", random.Random(0)
     line = [sys.executable, "-m", "avfusion", *command(config, "--out", out, "--resume")]
     for kill in range(20):
         wanted = f"step-{min(1 + kill // 3, STEPS - 1):08d}"
@@ -189,7 +191,7 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(config, undisturbed, tmp_pat
 
 # Four evaluations, with their pictures.
 def test_an_evaluation_that_sigterm_left_out_is_made_up_for(config, tmp_path, monkeypatch):
-    config, out = replace(config, eval_clips=9, eval_split="all", eval_epochs=1), tmp_path / "run"
+    config, out = config.but(eval_clips=9, eval_split="all", eval_epochs=1), tmp_path / "run"
     at_step(monkeypatch, STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert not train.train(Pretrain(config), out)
     monkeypatch.undo()
@@ -203,7 +205,7 @@ def test_a_run_begun_again_evaluates_anew(config, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "evaluations.csv").write_text("step,epoch,other\n0.0,0.0,0.5\n")
-    assert train.train(Pretrain(replace(config, eval_clips=9, eval_split="all", eval_epochs=3)), out)
+    assert train.train(Pretrain(config.but(eval_clips=9, eval_split="all", eval_epochs=3)), out)
     with open(out / "evaluations.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["0", "9"]
@@ -245,9 +247,7 @@ def test_a_few_in_a_row_end_the_run_with_step_clips_and_checkpoint(config, clips
         train.train(Pretrain(config), out)
     monkeypatch.undo()
     poison(monkeypatch, {row.id for row in data.read("vggsound", clips, "train").rows}, clips)
-    with pytest.raises(SystemExit) as ended:
-        main(command(config, "--out", out, "--resume"))
-    assert ended.value.code == 1
+    assert main(command(config, "--out", out, "--resume")) == 1
     message = capsys.readouterr().err
     assert "step 5, in epoch 1" in message
     assert "'loss_audio': nan" in message
@@ -264,7 +264,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(config, undisturb
         if next(writes) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(runs.torch, "save", full)
+    monkeypatch.setattr(run_folder.torch, "save", full)
     with pytest.raises(
         RunError, match=r"step-00000006: cannot be written .*No space.* last good .*step-00000003\. Make"
     ):
@@ -279,9 +279,9 @@ def test_what_would_change_a_run_is_refused(config, clips, undisturbed, tmp_path
     with pytest.raises(ValueError, match="holds a run already; add --resume"):
         train.train(Pretrain(config), undisturbed)
     with pytest.raises(ValueError, match=r"blr was 0\.1 and is now 0\.2; dim was 32 and is now 48"):
-        train.train(Pretrain(replace(config, dim=48, blr=0.2)), undisturbed, resume=True)
+        train.train(Pretrain(config.but(dim=48, blr=0.2)), undisturbed, resume=True)
     with pytest.raises(ValueError, match=r"the state is of sha256 .* its order is another"):
-        train.train(Pretrain(replace(config, data=str(_fewer(clips, tmp_path)))), undisturbed, resume=True)
+        train.train(Pretrain(config.but(data=str(_fewer(clips, tmp_path)))), undisturbed, resume=True)
 
 
 def _fewer(clips, tmp_path):
@@ -314,25 +314,22 @@ def _fewer(clips, tmp_path):
 )
 def test_settings_that_cannot_be_run_are_named(config, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.train(Pretrain(replace(config, **changes)), tmp_path / "run")
+        train.train(Pretrain(config.but(**changes)), tmp_path / "run")
     assert latest_checkpoint(tmp_path / "run") is None
 
 
 @pytest.mark.parametrize(("mode", "compile"), [("no", False), ("default", True), ("reduce-overhead", True)])
 def test_runs_that_were_compiled_by_mode_are_read(config, tmp_path, mode, compile):
-    (tmp_path / "run.json").write_text(json.dumps({"settings": asdict(config) | {"compile": mode}}))
-    assert load_config(tmp_path / "run.json") == replace(config, compile=compile)
+    (tmp_path / "run.json").write_text(json.dumps({"task": "pretrain", "settings": config.flat() | {"compile": mode}}))
+    assert load_config(tmp_path, "pretrain", PretrainConfig) == config.but(compile=compile)
 
 
 def test_an_empty_data_set_is_named_on_the_command_line(config, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as ended:
-        main(
-            command(
-                replace(config, data=str(tmp_path / "empty"), layout="folder", split="all"), "--out", tmp_path / "r"
-            )
-        )
-    assert ended.value.code == 2
+    assert (
+        main(command(config.but(data=str(tmp_path / "empty"), layout="folder", split="all"), "--out", tmp_path / "r"))
+        == 1
+    )
     assert f"{tmp_path / 'empty'}: none of the 0 clips of folder is there" in capsys.readouterr().err
 
 
@@ -353,7 +350,7 @@ def test_a_damaged_checkpoint_is_named(config, undisturbed, tmp_path):
 
 def test_probes_pictures_and_log(config, tmp_path):
     out = tmp_path / "run"
-    wanted = replace(config, epochs=1, eval_clips=9, eval_split="all", eval_epochs=1, tracker="tensorboard")
+    wanted = config.but(epochs=1, eval_clips=9, eval_split="all", eval_epochs=1, tracker="tensorboard")
     assert train.train(Pretrain(wanted), out)
     with open(out / "evaluations.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -372,14 +369,14 @@ def scalars(out):
 
 
 def test_probing_changes_nothing(config, undisturbed, tmp_path):
-    assert train.train(Pretrain(replace(config, eval_clips=3, eval_epochs=2)), tmp_path / "run")
+    assert train.train(Pretrain(config.but(eval_clips=3, eval_epochs=2)), tmp_path / "run")
     assert_same_run(undisturbed, tmp_path / "run")
 
 
 def test_accumulation_and_checkpointing_change_rounding_only(config, tmp_path):
-    config, losses = replace(config, drop_path=0.0, epochs=1), []
+    config, losses = config.but(drop_path=0.0, epochs=1), []
     for name, changes in {"plain": {}, "other": {"accumulation": 2, "gradient_checkpointing": True}}.items():
-        assert train.train(Pretrain(replace(config, **changes)), tmp_path / name)
+        assert train.train(Pretrain(config.but(**changes)), tmp_path / name)
         losses.append(final_losses(config, tmp_path / name, 3))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -401,9 +398,8 @@ from pathlib import Path
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from avfkernels import layer
-from avfusion import train
-from avfusion.config import PretrainConfig
-from avfusion.tasks.pretrain import Pretrain
+from avfusion.tasks.pretrain import Pretrain, PretrainConfig
+from avfusion.training import loop as train
 
 torch.set_num_threads(1)
 graphs = CompileCounterWithBackend("aot_eager")
@@ -411,7 +407,7 @@ layer._compiled = cache(partial(torch.compile, fullgraph=True, dynamic=False, ba
 for job in json.loads(Path(sys.argv[1]).read_text()):
     seen, noise = [], Pretrain.mask_noise
     Pretrain.mask_noise = lambda task, epoch, index: seen.append(index.tolist()) or noise(task, epoch, index)
-    assert train.train(Pretrain(PretrainConfig(**job["config"])), job["out"], resume=True)
+    assert train.train(Pretrain(PretrainConfig.of(**job["config"])), job["out"], resume=True)
     Pretrain.mask_noise = noise
     Path(job["out"], f"seen{os.environ['RANK']}.json").write_text(json.dumps(seen))
 assert graphs.frame_count == 3, graphs.frame_count  # the layers; the decoders' last blocks, of two lengths
@@ -420,20 +416,20 @@ assert graphs.frame_count == 3, graphs.frame_count  # the layers; the decoders' 
 
 # Four runs in two processes, which start torch, FSDP and dynamo: most of a minute.
 def test_two_processes_equal_one_and_ddp_compiled_fsdp_and_one_two_one_keep_the_order(config, tmp_path, monkeypatch):
-    config = replace(config, drop_path=0.0, tracker="tensorboard", eval_clips=3, eval_epochs=3)
+    config = config.but(drop_path=0.0, tracker="tensorboard", eval_clips=3, eval_epochs=3)
     seen, noise = [], Pretrain.mask_noise
     monkeypatch.setattr(Pretrain, "mask_noise", lambda t, e, index: seen.append(index.tolist()) or noise(t, e, index))
-    assert train.train(Pretrain(replace(config, accumulation=2)), tmp_path / "one")
+    assert train.train(Pretrain(config.but(accumulation=2)), tmp_path / "one")
     steps = [sorted(a + b) for a, b in zip(seen[::2], seen[1::2], strict=True)]
     at_step(monkeypatch, 5, crash)
     with pytest.raises(Crash):
-        train.train(Pretrain(replace(config, save_steps=2, tracker="none")), tmp_path / "mixed")
+        train.train(Pretrain(config.but(save_steps=2, tracker="none")), tmp_path / "mixed")
 
     jobs = [
-        {"out": str(tmp_path / "ddp"), "config": asdict(config)},
-        {"out": str(tmp_path / "compiled"), "config": asdict(replace(config, compile=True, eval_clips=0))},
-        {"out": str(tmp_path / "fsdp"), "config": asdict(replace(config, fsdp=True))},
-        {"out": str(tmp_path / "mixed"), "config": asdict(replace(config, tracker="none"))},
+        {"out": str(tmp_path / "ddp"), "config": config.flat()},
+        {"out": str(tmp_path / "compiled"), "config": config.but(compile=True, eval_clips=0).flat()},
+        {"out": str(tmp_path / "fsdp"), "config": config.but(fsdp=True).flat()},
+        {"out": str(tmp_path / "mixed"), "config": config.but(tracker="none").flat()},
     ]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     (tmp_path / "work.py").write_text(WORK)
@@ -471,7 +467,7 @@ def test_an_exported_encoder_loads_and_is_the_runs(config, undisturbed, tmp_path
         main(["export", str(undisturbed), "--out", str(out), "--format", "authors" if authors else "safetensors"]) == 0
     )
     model = load_encoder(out)
-    assert model.config == config.encoder()
+    assert model.config == config.encoder
     weights = files(undisturbed)[0]
     assert all(torch.equal(value, weights[f"encoder.{key}"]) for key, value in model.state_dict().items())
     if authors:
@@ -490,12 +486,12 @@ def test_export_errors(undisturbed, tmp_path):
 
 
 def test_pretrained_vits_start_the_run_at_rate_zero(config, tmp_path, monkeypatch):
-    vit = {k: torch.full_like(v, 0.01) for k, v in DeepAVFusion(config.encoder()).image.state_dict().items()}
+    vit = {k: torch.full_like(v, 0.01) for k, v in DeepAVFusion(config.encoder).image.state_dict().items()}
     torch.save({"model": vit}, tmp_path / "mae.pth")
     rates = []
     monkeypatch.setattr(train, "set_rate", lambda opt, *a: rates.append(
         (set_rate(opt, *a), *(g["lr"] for g in opt.param_groups if g["pretrained"]))) or rates[-1][0])  # fmt: skip
-    wanted = replace(config, epochs=1, warmup_epochs=0, image_weights=str(tmp_path / "mae.pth"))
+    wanted = config.but(epochs=1, warmup_epochs=0, image_weights=str(tmp_path / "mae.pth"))
     assert train.train(Pretrain(wanted), tmp_path / "run")
     assert [row[1] for row in rates] == pytest.approx([row[0] * rise(i / 3, 1) for i, row in enumerate(rates)])
     assert rates[0][1] == 0 < rates[0][0]

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import avfkernels
 from avfusion import AVMAE, DeepAVFusion, EncoderConfig
-from avfusion.mae import patch_statistics, patchify, unpatchify
+from avfusion.models.mae import patch_statistics, patchify, unpatchify
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 SMALL = EncoderConfig(
     dim=32, depth=2, num_heads=2, image_size=(64, 48), audio_size=(32, 80),
     fusion_tokens=4, image_agg_tokens=2, audio_agg_tokens=3,

@@ -11,17 +11,16 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from synthetic import brightness, frames_of, levels, masks_of, sources_of, truths_of
 
-from avfusion.clips import LogMel
-from avfusion.heads.localization import center_prior
+from avfusion.media.transforms import LogMel
 from avfusion.metrics.localization import consensus_iou, consensus_map, localization_scores
+from avfusion.models.heads.localization import center_prior
 from avfusion.synth import layouts
-from avfusion.synth.command import synthesize
+from avfusion.synth.make import synthesize
 from avfusion.synth.render import boxes, render_frames, render_sources
 from avfusion.synth.scene import Settings, draw_scene
 from avfusion.synth.timbres import TIMBRES
-
-from .synthetic import brightness, frames_of, levels, masks_of, sources_of, truths_of
 
 
 def simple_features(settings, count, frames=4):

@@ -10,15 +10,14 @@ import wave
 
 import numpy as np
 import pytest
+from made_clips import cut, noise, number, write_clip
 from PIL import Image
 
-from avfusion.browse import COLOURS, Card, Thing, stacked, table_cards, write_page
 from avfusion.cli import main
 from avfusion.data import read
-from avfusion.synth.command import synthesize
+from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
-
-from .media import cut, noise, number, write_clip
+from avfusion.viz.page import COLOURS, Card, Thing, stacked, table_cards, write_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

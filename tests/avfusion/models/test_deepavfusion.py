@@ -15,9 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import avfkernels
 from avfusion import DeepAVFusion, EncoderConfig
-from avfusion.model import sincos_position_embedding
+from avfusion.models.deepavfusion import sincos_position_embedding
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 SMALL = EncoderConfig(
     dim=64, depth=2, num_heads=4, image_size=(64, 48), audio_size=(32, 48),
     fusion_tokens=5, image_agg_tokens=3, audio_agg_tokens=4,
@@ -206,7 +206,9 @@ def test_compiles_whole_once_for_full_and_once_for_masked_input_forward_and_back
             grads = {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
             results.append(dict(zip(("image", "audio", "fusion"), outputs, strict=True)) | grads)
         for name, got in results[0].items():
-            assert_accurate(got, results[1][name], results[2][name], name)
+            # A key's bias moves all scores alike: its gradient is the sum of those of the keys, and cancels.
+            size = results[1][name.replace("k.bias", "k.weight")].norm().item() if name.endswith(".k.bias") else 0.0
+            assert_accurate(got, results[1][name], results[2][name], name, size=size)
         assert results[0].keys() == results[2].keys()
     assert graphs.frame_count == kinds
     assert not torch._dynamo.utils.counters["graph_break"]

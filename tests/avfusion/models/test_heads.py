@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 
 from avfusion import DeepAVFusion, EncoderConfig
-from avfusion.heads.segmentation import Segmenter, segmentation_loss
-from avfusion.heads.separation import Separator, separation_loss
-from avfusion.heads.unet import layers
+from avfusion.models.heads.segmentation import Segmenter, segmentation_loss
+from avfusion.models.heads.separation import Separator, separation_loss
+from avfusion.models.heads.unet import layers
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 SMALL = EncoderConfig(
     dim=32, depth=3, num_heads=2, image_size=(32, 48), audio_size=(32, 64), fusion_tokens=4, image_agg_tokens=2,
     audio_agg_tokens=3,

@@ -1,29 +1,28 @@
 """The parts of pre-training: rates, masks, probes, the choice of clips, presets."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from avfusion.cli import main
-from avfusion.config import PretrainConfig
 from avfusion.data import Row
-from avfusion.optim import adamw, rate, rise, set_rate
-from avfusion.probe import chance, leave_one_out_accuracy, nearest
-from avfusion.tasks.command import PRESETS
-from avfusion.tasks.pretrain import Pretrain
+from avfusion.metrics.neighbours import chance, leave_one_out_accuracy, nearest
+from avfusion.tasks.pretrain import PRESETS, Pretrain, PretrainConfig, _labelled
+from avfusion.training.config import leaves
+from avfusion.training.optim import adamw, rate, rise, set_rate
 
 
 @pytest.fixture
 def config():
-    return PretrainConfig(data="x", image_size=(64, 64), audio_size=(32, 64))
+    return PretrainConfig.of(data="x", image_size=(64, 64), audio_size=(32, 64))
 
 
 def test_rates_follow_the_papers_schedule():
     assert [rate(epoch, 200, 40) for epoch in (0, 20, 40, 120, 200)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert [rise(epoch, 200) for epoch in (0, 50, 100, 200)] == pytest.approx([0, 0.5, 1, 1])
-    model = Pretrain(PretrainConfig(data="x", dim=32, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1)).build()
+    model = Pretrain(PretrainConfig.of(data="x", dim=32, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1)).build()
     optimizer = adamw(model, weight_decay=0.05, betas=(0.9, 0.95), pretrained=["encoder.image."])
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert set_rate(optimizer, 1.0, 50, 200, 40) == pytest.approx(rate(50, 200, 40))
@@ -44,7 +43,7 @@ def test_masks_are_a_function_of_seed_epoch_and_clip(config):
     again = Pretrain(config).mask_noise(3, torch.tensor([2]))
     assert torch.equal(again[0][0], image[1])
     assert torch.equal(again[1][0], audio[1])
-    others = [(config, 4, [2]), (config, 3, [3]), (replace(config, seed=1), 3, [2])]
+    others = [(config, 4, [2]), (config, 3, [3]), (config.but(seed=1), 3, [2])]
     assert not any(torch.equal(Pretrain(c).mask_noise(e, torch.tensor(i))[0], again[0]) for c, e, i in others)
     many = Pretrain(config).mask_noise(0, torch.arange(2000))[0]
     assert abs(many.mean().item() - 0.5) < 0.01
@@ -75,28 +74,29 @@ def test_neighbours_are_looked_for_among_labelled_clips_evenly(config):
         def read(self, where, split):
             return self.source
 
-    task = Task(replace(config, eval_clips=3))
+    task = Task(config.but(eval_clips=3))
     task.source = Source()
     chosen = task.open_evaluation()
     assert [row.label for row in chosen.rows] == [1, 5, 9]
     assert [chosen.name(i) for i in range(3)] == ["1.mp4", "5.mp4", "9.mp4"]
-    assert chosen.has_labels
+    assert _labelled(chosen)
     task.source.rows = [replace(row, labels=()) for row in Source.rows]
     assert len(task.open_evaluation().rows) == 3
-    assert not task.open_evaluation().has_labels
+    assert not _labelled(task.open_evaluation())
 
 
 def test_presets_and_help(capsys):
     for settings in PRESETS.values():
-        PretrainConfig(**{"data": "somewhere"} | settings).encoder()
-    paper = PretrainConfig(data="x", **PRESETS["paper-audioset"])
-    assert (paper.epochs, paper.batch_size, paper.blr, paper.warmup_epochs) == (200, 2048, 1.5e-4, 40)
-    assert (paper.weight_decay, paper.betas, paper.crop_min, paper.gain_db) == (0.05, (0.9, 0.95), 0.5, 6.0)
+        PretrainConfig.of(**{"data": "somewhere"} | settings)
+    paper = PretrainConfig.of(data="x", **PRESETS["paper-audioset"])
+    optim, clips = paper.optim, paper.data
+    assert (optim.epochs, optim.batch_size, optim.blr, optim.warmup_epochs) == (200, 2048, 1.5e-4, 40)
+    assert (optim.weight_decay, optim.betas, clips.crop_min, clips.gain_db) == (0.05, (0.9, 0.95), 0.5, 6.0)
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for item in fields(PretrainConfig):
-        assert f"--{item.name.replace('_', '-')}" in text
+    for name, _, item in leaves(PretrainConfig):
+        assert f"--{name.replace('_', '-')}" in text
         assert item.metadata["help"][:30] in text
     with pytest.raises(SystemExit):
         main(["pretrain", "paper-vggsound"])
