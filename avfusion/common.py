@@ -41,7 +41,8 @@ def write_json(path: str | os.PathLike, content: Any, **options) -> None:
 def unknown(what: str, name: object, options: Iterable[str]) -> str:
     """What to say of a name that is none of the options."""
     options = list(map(str, options))
-    close = difflib.get_close_matches(str(name), options, 1)
+    part = [option for option in options if str(name) and str(name) in option]
+    close = difflib.get_close_matches(str(name), options, 1) or part
     meant = f"; did you mean {close[0]}?" if close else ""
     return f"{what}={name!r}: expected {'one of ' if len(options) > 1 else ''}{', '.join(options)}{meant}"
 

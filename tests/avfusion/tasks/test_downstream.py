@@ -17,11 +17,12 @@ import torch
 from avfusion import DeepAVFusion, EncoderConfig, save_encoder
 from avfusion.cli import main
 from avfusion.data import pack, read
+from avfusion.media.reader import read_clip
 from avfusion.models.heads.contrast import Contrast, info_nce, similarity
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks import DOWNSTREAM, task_class
-from avfusion.tasks.downstream import load_run
+from avfusion.tasks.downstream import load_run, predict
 from avfusion.tasks.localization import Localize
 from avfusion.tasks.recognition import Finetune, Probe
 from avfusion.tasks.retrieval import Retrieve
@@ -190,6 +191,19 @@ def test_clips_with_several_labels_are_evaluated_too(encoder, tmp_path):
     assert "mAP" in summary["summary"]
     with open(run / "eval" / "samples.csv", newline="") as file:
         assert any(";" in row["labels"] for row in csv.DictReader(file))
+
+    # test_predict_of_a_multi_label_set_is_a_sigmoid
+    clip = read_clip(table.rows[0].path, **load_run(run)[0].window)
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["data"].pop("multi_label") is True
+    for text in (facts | {"data": facts["data"] | {"multi_label": True}}, facts):  # as now, and as runs were before
+        (run / "run.json").write_text(json.dumps(text))
+        task, model = load_run(run)
+        logits = model(*task.inputs_of(clip, torch.device("cpu")), average=True)[0]
+        said = predict(task, model, clip).facts["classes"]
+        assert said == pytest.approx(
+            {name: logits[i].sigmoid().item() for i, name in enumerate(table.classes)}, abs=1e-6
+        )
 
 
 def test_shards_are_trained_and_evaluated_by_split(encoder, clips, tmp_path, capsys):

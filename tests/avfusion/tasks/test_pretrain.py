@@ -8,7 +8,6 @@ import torch
 
 from avfusion.cli import main
 from avfusion.data import Row
-from avfusion.metrics.neighbours import chance, leave_one_out_accuracy, nearest
 from avfusion.tasks.pretrain import PRESETS, Pretrain, PretrainConfig, _labelled
 from avfusion.training.config import leaves
 from avfusion.training.optim import adamw, rate, rise, set_rate
@@ -47,19 +46,6 @@ def test_masks_are_a_function_of_seed_epoch_and_clip(config):
     assert not any(torch.equal(Pretrain(c).mask_noise(e, torch.tensor(i))[0], again[0]) for c, e, i in others)
     many = Pretrain(config).mask_noise(0, torch.arange(2000))[0]
     assert abs(many.mean().item() - 0.5) < 0.01
-
-
-def test_nearest_neighbours_and_chance():
-    features = torch.tensor([[1.0, 0], [2, 0.1], [0, 1], [0.1, 3], [-1, 0]])
-    similarity, rows = nearest(features, features, 2, leave_one_out=True)
-    assert rows[:4, 0].tolist() == [1, 0, 3, 2]
-    assert (similarity[:, 0] >= similarity[:, 1]).all()
-    assert nearest(features[:2], features)[1].squeeze(1).tolist() == [0, 1]
-    assert leave_one_out_accuracy(features, torch.tensor([0, 0, 1, 1, 1])) == pytest.approx(1.0)
-    assert leave_one_out_accuracy(features, torch.tensor([0, 0, 1, 0, 2])) == pytest.approx(0.4)
-    assert chance(torch.tensor([0, 0, 1, 1])) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="k=5: the gallery has 4 rows"):
-        nearest(features, features, 5, leave_one_out=True)
 
 
 def test_neighbours_are_looked_for_among_labelled_clips_evenly(config):
