@@ -82,7 +82,7 @@ def layers(config: EncoderConfig, n_image: int, n_audio: int, *, materialised: b
 
 
 def patch_embedding(config: EncoderConfig) -> int:
-    """Of all patches; of masked input only the visible ones are embedded."""
+    """Of embedding all patches of a picture and a spectrogram."""
     (image_rows, image_columns), (audio_rows, audio_columns) = config.image_grid, config.audio_grid
     area = config.patch_size**2
     return linear(image_rows * image_columns, 3 * area, config.dim) + linear(

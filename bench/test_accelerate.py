@@ -1,4 +1,4 @@
-"""`avfkernels.accelerate` on a stand-in for the authors' model (tests/avfkernels/authors_style.py): before and after.
+"""`avfkernels.accelerate` on a stand-in for the authors' model (bench/authors_style.py): before and after.
 
 ViT-B with the release's 16 + 8 + 8 fusion tokens, inference, all 196 + 96 tokens. Outputs must agree before anything is
 timed.
@@ -10,10 +10,10 @@ import copy
 
 import pytest
 import torch
-from authors_style import Encoder
 
 import avfkernels
 from bench import measure
+from bench.authors_style import Encoder
 from bench.encoder import BASELINE, PASSES, difference
 
 BATCH = {"cpu": 4, "cuda": 64}

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import av
@@ -18,9 +19,12 @@ import pytest
 import soundfile
 import torch
 
-from avfusion import clips, data
-from avfusion.data import ClipLoader, Shards, Table, stills
+from avfusion import data
+from avfusion.data import ClipLoader, Shards, Table
+from avfusion.data.loader import Attempt, collate
 from avfusion.data.table import find_videos
+from avfusion.media import reader, stills
+from avfusion.media.clip import Clip
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from bench import encoder, measure
@@ -35,11 +39,11 @@ GPU_FLOPS = 400e12  # FLOP/s in bfloat16 that training reaches on a large GPU of
 # Stage -> the functions in which its time is spent; what they call of another stage counts there.
 STAGES = {
     BASELINE: {
-        "open the file": [(clips, "_open"), (clips._Reader, "__init__")],
-        "decode video": [(clips._Reader, "nearest_frame")],
-        "frame to RGB": [(clips, "_upright")],
-        "decode audio": [(clips._Reader, "waveform")],
-        "resample": [(clips.AF, "resample")],
+        "open the file": [(reader, "_open"), (reader._Reader, "__init__")],
+        "decode video": [(reader._Reader, "nearest_frame")],
+        "frame to RGB": [(reader, "_upright")],
+        "decode audio": [(reader._Reader, "waveform")],
+        "resample": [(reader.AF, "resample")],
     },
     SHARDS: {
         "read the files, check their CRC": [(Shards, "read")],
@@ -63,7 +67,7 @@ class Decoded:
         self.rows, self.classes, self.sha256, self.name = table.rows, table.classes, table.sha256, table.name
         self.clips = [table.read(index) for index in range(len(table))]
 
-    def read(self, index: int, **window) -> clips.Clip:
+    def read(self, index: int, **window) -> Clip:
         return self.clips[index]
 
 
@@ -177,15 +181,16 @@ def rate(sources, progress) -> tuple[dict, dict[str, list[float]]]:
 
 def profile(name: str, source, progress) -> tuple[dict, dict[str, list[float]]]:
     title = f"Where the time of a clip goes: {name}"
-    training = ClipLoader(source, BATCH, train=True).clips
-    times = defaultdict(list)
+    training = data.clips(source, train=True)
+    times, stage_of = defaultdict(list), SimpleNamespace(collate=lambda items: collate(source, items))
 
     def load(epoch: int):
-        return training.collate([training[epoch, index] for index in range(BATCH)])
+        torch.manual_seed(epoch)
+        return stage_of.collate([Attempt(training[index], [], 1) for index in range(BATCH)])
 
     load(0)
     functions = [(stage, *function) for stage, functions in STAGES[name].items() for function in functions]
-    functions += [("augment", training, "transform"), ("collate", training, "collate")]
+    functions += [("augment", training, "transform"), ("collate", stage_of, "collate")]
     for epoch in range(ROUNDS):
         progress(title, f"round {epoch + 1}")
         watch = Stopwatch()

@@ -124,7 +124,7 @@ def launches(rows: Rows) -> None:
 def authors(rows: Rows) -> None:
     """`avfkernels.accelerate` on a stand-in with the structure of the authors' classes."""
     sys.path.insert(0, str(ROOT / "tests" / "avfkernels"))
-    from authors_style import Encoder
+    from bench.authors_style import Encoder
 
     config = CONFIGS["none"]
     shape = (config.dim, config.depth, config.num_heads, config.image_size, config.audio_size)

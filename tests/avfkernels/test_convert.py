@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from authors_style import AVMAE, Encoder
 from played import play_graphs
 from safetensors import safe_open
 from torch import nn
 
 from avfkernels import DenseFusion, FactorizedFusion, TokenFusion, accelerate, capture, layer
+from bench.authors_style import AVMAE, Encoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {"token": TokenFusion, "dense": DenseFusion, "factorized": FactorizedFusion}
