@@ -13,7 +13,6 @@ import json
 import math
 import os
 import warnings
-import wave
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
+from avfusion.common import writing
 from avfusion.data.table import Row, Table, read_whole_row
 from avfusion.media.clip import ClipError
 from avfusion.media.transforms import LogMel
@@ -61,16 +61,16 @@ def write_page(path: str | os.PathLike, cards: Iterable[Card], *, title: str) ->
 
     Cards are taken one by one and not all held at once. The file appears when it is complete.
     """
-    part, count = Path(f"{os.fspath(path)}.part"), 0
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(HEAD.replace("TITLE", html.escape(title)))
+    template, count = Path(__file__).with_name("page.html").read_text(encoding="utf-8"), 0
+    head, foot = template.replace("TITLE", html.escape(title)).split("<!-- cards -->\n")
+    with writing(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.write(head)
         for card in cards:
             # "<" in a label must not end the script element.
             data = json.dumps(_data(card)).replace("<", "\\u003c")
             file.write(f'<script type="application/json" class="card">{data}</script>\n')
             count += 1
-        file.write(f"<script>{SCRIPT}</script></body></html>\n")
-    os.replace(part, path)
+        file.write(foot)
     return count
 
 
@@ -134,9 +134,6 @@ def stacked(images: list[np.ndarray]) -> np.ndarray:
     ])  # fmt: skip
 
 
-# From arrays to what the page holds -----------------------------------------------------------------------------------
-
-
 def _data(card: Card) -> dict:
     frames, columns = _sheet(card.frames)
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(card.things))]
@@ -177,13 +174,8 @@ def _overlay(card: Card, colours: list[str]) -> str:
 
 
 def _sound(waveform: np.ndarray) -> dict:
-    pcm = np.rint(np.clip(waveform, -1, 1) * 32767).astype("<i2")
     file = io.BytesIO()
-    with wave.open(file, "wb") as output:
-        output.setnchannels(1)
-        output.setsampwidth(2)
-        output.setframerate(RATE)
-        output.writeframes(pcm.tobytes())
+    soundfile.write(file, np.rint(np.clip(waveform, -1, 1) * 32767).astype(np.int16), RATE, format="WAV")
     return {"audio": _uri("audio/wav", file.getvalue()), "seconds": round(len(waveform) / RATE, 3),
             "spectrogram": _spectrogram(waveform)}  # fmt: skip
 
@@ -205,126 +197,3 @@ def _picture(image: Image.Image, kind: str, **options) -> str:
 
 def _uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { color-scheme: light; --line: #ddd }
-body { font: 14px/1.45 system-ui, sans-serif; color: #222; background: #f5f5f3; margin: 0 auto; padding: 20px;
-       max-width: 1500px }
-h1 { font-size: 20px; margin: 0 0 4px }
-nav { position: sticky; top: 0; z-index: 1; background: #f5f5f3; padding: 6px 0 10px; display: flex; gap: 18px }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(640px, 1fr)); gap: 16px }
-article { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px; display: grid;
-          grid-template-columns: 272px 1fr; gap: 4px 16px; align-content: start }
-h2 { grid-column: 1 / 3; font: 600 14px ui-monospace, monospace; margin: 0 }
-h2 span { font: 13px system-ui, sans-serif; color: #666; margin-left: 8px }
-canvas { width: 272px; border-radius: 4px; display: block }
-input[type=range] { width: 100%; margin: 6px 0 0 }
-ul { list-style: none; margin: 4px 0 0; padding: 0; font-size: 13px }
-i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px }
-.sound { margin: 0 0 8px }
-.sound b { font-weight: 500; font-size: 13px }
-.strip { position: relative; height: 56px; background: #000; border-radius: 4px; overflow: hidden; cursor: pointer }
-.strip img { width: 100%; height: 100%; display: block }
-.strip u { position: absolute; top: 0; bottom: 0; width: 1px; background: #fff }
-audio { width: 100%; height: 28px; margin-top: 2px; display: block }
-</style></head><body><h1>TITLE</h1>
-<nav><label><input type="checkbox" id="masks" checked> masks</label>
-<label><input type="checkbox" id="boxes" checked> boxes</label>
-<span>Play a sound and the frames follow it; click a spectrogram to go there.</span></nav><main></main>
-"""
-
-SCRIPT = """
-'use strict';
-const root = document.documentElement, main = document.querySelector('main'), redraws = [];
-root.dataset.ready = 0;
-window.onerror = (message) => { root.dataset.error = message };
-const make = (parent, tag, properties) => parent.appendChild(Object.assign(document.createElement(tag), properties));
-const checked = (id) => document.getElementById(id).checked;
-const load = async (source) => {
-  if (!source) return null;
-  const image = new Image();
-  image.src = source;
-  await image.decode();
-  return image;
-};
-
-async function show(card) {
-  const article = make(main, 'article', {});
-  make(make(article, 'h2', { textContent: card.title }), 'span', { textContent: card.caption });
-  const left = make(article, 'div', {}), right = make(article, 'div', {});
-  const canvas = make(left, 'canvas', { width: 2 * card.width, height: 2 * card.height });
-  const slider = make(left, 'input', { type: 'range', min: 0, max: card.times.length - 1,
-                                       value: card.times.length >> 1, ariaLabel: 'frame' });
-  slider.hidden = card.times.length < 2;
-  const list = make(left, 'ul', {});
-  for (const thing of card.things) {
-    const item = make(list, 'li', {});
-    make(item, 'i', {}).style.background = thing.colour;
-    item.append(thing.name);
-  }
-  const sounds = [];
-  for (const sound of card.sounds) {
-    const block = make(right, 'div', { className: 'sound' });
-    make(block, 'i', {}).style.background = sound.colour;
-    make(block, 'b', { textContent: sound.name });
-    const strip = make(block, 'div', { className: 'strip' });
-    if (sound.spectrogram) make(strip, 'img', { src: sound.spectrogram, alt: 'spectrogram of ' + sound.name });
-    const needle = make(strip, 'u', {});
-    const audio = make(block, 'audio', { controls: true, src: sound.audio, preload: 'metadata' });
-    strip.onclick = (event) => { seek(event.offsetX / strip.clientWidth * sound.seconds); audio.play() };
-    audio.onplay = () => { for (const other of document.querySelectorAll('audio')) if (other !== audio) other.pause();
-                           follow(audio) };
-    audio.onseeked = () => follow(audio);
-    sounds.push({ audio, needle, seconds: sound.seconds });
-  }
-  const seek = (time) => { for (const { audio } of sounds) audio.currentTime = time };
-  const follow = (audio) => {
-    let last = 0;
-    while (last + 1 < card.times.length && card.times[last + 1] <= audio.currentTime) last++;
-    slider.value = last;
-    draw(audio.currentTime);
-    if (!audio.paused) requestAnimationFrame(() => follow(audio));
-  };
-
-  const [frames, masks] = await Promise.all([load(card.frames), load(card.masks)]);
-  const context = canvas.getContext('2d');
-  const rows = Math.ceil(card.times.length / card.columns);
-  const tile = (image, number) => {
-    const w = image.width / card.columns, h = image.height / rows;
-    context.drawImage(image, number % card.columns * w, Math.floor(number / card.columns) * h, w, h,
-                      0, 0, canvas.width, canvas.height);
-  };
-  const draw = (time) => {
-    const number = Number(slider.value);
-    tile(frames, number);
-    if (masks && checked('masks')) {
-      context.globalAlpha = 0.25;
-      context.imageSmoothingEnabled = false;
-      tile(masks, number);
-      context.globalAlpha = 1;
-      context.imageSmoothingEnabled = true;
-    }
-    for (const thing of checked('boxes') ? card.things : []) {
-      const box = thing.boxes && thing.boxes[number];
-      if (!box) continue;
-      const [x, y, right, bottom] = box.map((v, i) => v * (i % 2 ? canvas.height : canvas.width));
-      context.strokeStyle = thing.colour;
-      context.lineWidth = 3;
-      context.setLineDash(thing.silent ? [8, 6] : []);
-      context.strokeRect(x, y, right - x, bottom - y);
-    }
-    for (const { needle, seconds } of sounds) needle.style.left = 100 * time / seconds + '%';
-  };
-  slider.oninput = () => { seek(card.times[slider.value]); draw(card.times[slider.value]) };
-  redraws.push(() => draw(card.times[slider.value]));
-  draw(card.times[slider.value]);
-  root.dataset.ready++;
-}
-for (const id of ['masks', 'boxes']) document.getElementById(id).onchange = () => redraws.forEach((redraw) => redraw());
-for (const element of document.querySelectorAll('script.card'))
-  show(JSON.parse(element.textContent)).catch((error) => { root.dataset.error = error });
-"""

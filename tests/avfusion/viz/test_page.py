@@ -187,10 +187,12 @@ def test_browse_writes_a_page(synthetic, tmp_path, capsys):
 
 
 def test_browse_tells_what_is_missing(tmp_path, capsys):
-    for options in (["vggsound", str(tmp_path)], ["nowhere", str(tmp_path)], ["folder", str(tmp_path / "no")]):
-        with pytest.raises(SystemExit):
-            main(["browse", *options, "--out", str(tmp_path / "page.html")])
+    out = ["--out", str(tmp_path / "page.html")]
+    for options in (["vggsound", str(tmp_path)], ["folder", str(tmp_path / "no")]):
+        assert main(["browse", *options, *out]) == 1
         assert "error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["browse", "nowhere", str(tmp_path), *out])
     assert not (tmp_path / "page.html").exists()
 
 
@@ -213,3 +215,28 @@ def test_pictures_that_change_their_size_cost_no_page():
     images = [np.zeros((4, 6, 3), "u1"), np.full((6, 4, 3), 255, "u1")]
     assert stacked(images).shape == (2, 4, 6, 3)
     assert stacked(images)[1].min() == 255
+
+
+def test_switches_that_do_nothing_are_not_shown(tmp_path):
+    """Masks and boxes, and a hint to play, only where there are some."""
+    plain = Card("plain", "", np.zeros((2, 8, 8, 3), np.uint8), np.arange(2) / 2, np.zeros(0, np.float32))
+    thing = Thing("square", [[0.25, 0.25, 0.75, 0.75]] * 2, 1)
+    full = Card(
+        "full", "", plain.frames, plain.times, np.zeros(16000, np.float32), (thing,), np.ones((2, 8, 8), np.uint8)
+    )
+    for card, hidden in ((plain, 3), (full, 0)):
+        write_page(tmp_path / "page.html", [card], title="any")
+        nav = re.search(r"<nav>.*?</nav>", browse(tmp_path / "page.html", tmp_path, "--dump-dom"), re.S)[0]
+        assert nav.count(" hidden") == hidden
+
+
+def test_a_page_fits_a_phone(synthetic, tmp_path):
+    page, phone = tmp_path / "page.html", tmp_path / "phone.html"
+    write_page(page, table_cards(read("audioset", synthetic), 2), title="two")
+    content = json.dumps(page.read_text()).replace("</", "<\\/")
+    phone.write_text(f"""<iframe width="360" height="640"></iframe><script>
+        const frame = document.querySelector('iframe');
+        frame.srcdoc = {content};
+        frame.onload = () => document.body.dataset.wide = frame.contentDocument.documentElement.scrollWidth;
+        </script>""")
+    assert int(re.search(r'data-wide="(\d+)"', browse(phone, tmp_path, "--dump-dom"))[1]) <= 360
