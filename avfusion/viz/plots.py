@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from avfusion.media.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 SPECTROGRAM, ATTENTION = "magma", "inferno"  # both perceptually uniform
 TOKENS = 8  # fusion tokens shown one by one
+TITLE_WIDTH = 24  # letters above a frame of `plot_clips`
 
 
 def plot_clip(
@@ -45,8 +47,7 @@ def plot_clip(
     Attention is averaged over heads (and, in the large panels, over tokens) and given relative to uniform attention:
     1 means that a patch gets its even share.
     """
-    image = image.float().cpu() * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    image, spectrogram = image.clamp(0, 1).permute(1, 2, 0), spectrogram.float().cpu()
+    image, spectrogram = _pixels(image), spectrogram.float().cpu()
     span = (clip.start, clip.start + spectrogram.shape[1] / 64)  # LogMel makes 64 frames a second
 
     fused = attention_image is not None and attention_audio is not None
@@ -97,18 +98,37 @@ def plot_clip(
     figure.savefig(path)
 
 
+QUANTITIES = {  # what a score is, by how its name begins or what is in it
+    "dB": ("SDR", "SIR", "SAR"),
+    "rank": ("median_rank",),
+    "d prime": ("d_prime",),
+    "": ("left_out",),  # counts of classes, which are not drawn
+}
+
+
+def quantity(name: str) -> str:
+    """What a score is: the label of its axis."""
+    return next((kind for kind, parts in QUANTITIES.items() if any(part in name for part in parts)), "share")
+
+
 def plot_curve(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
-    """Draw what evaluations of a run have found over its epochs: `rows` as in evaluations.csv."""
-    epochs, names = [row["epoch"] for row in rows], [name for name in rows[-1] if name not in ("step", "epoch")]
-    columns = max(1, min(5, 80 // (max(map(len, names), default=0) + 8)))  # of the legend, no wider than the picture
-    figure = Figure(figsize=(6.4, 3.7 + 0.23 * -(-len(names) // columns)), dpi=110, layout="constrained")
-    panel = figure.add_subplot()
-    for name in names:
-        style = {"color": "0.5", "linestyle": ":"} if name == "chance" else {"marker": "o", "markersize": 3}
-        panel.plot(epochs, [row[name] for row in rows], label=name, **style)
-    panel.set(xlabel="epoch")
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
+    """Draw what evaluations of a run have found over its epochs: `rows` as in evaluations.csv, a panel a quantity."""
+    epochs, panels = [row["epoch"] for row in rows], {}
+    for name in rows[-1]:
+        if name not in ("step", "epoch") and quantity(name):
+            panels.setdefault(quantity(name), []).append(name)
+    lines = max((len(names) for names in panels.values()), default=0)
+    figure = Figure(figsize=(6.4 * max(len(panels), 1), 3.7 + 0.23 * lines), dpi=110, layout="constrained")
+    for panel, (kind, names) in zip(
+        figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels.items(), strict=False
+    ):
+        for name in names:
+            style = {"color": "0.5", "linestyle": ":"} if "chance" in name else {"marker": "o", "markersize": 3}
+            panel.plot(epochs, [row.get(name, math.nan) for row in rows], label=name, **style)
+        panel.set(xlabel="epoch", ylabel=kind, yscale="log" if kind == "rank" else "linear")
+        panel.grid(alpha=0.3)
+        columns = max(1, min(3, 80 // (max(map(len, names), default=0) + 8)))  # no wider than the panel
+        panel.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
     figure.savefig(path)
 
 
@@ -130,12 +150,10 @@ def plot_clips(
     widths = [1] * (1 + len(maps)) + [width] * len(sounds)
     figure = Figure(figsize=(1.9 * sum(widths), 2.3 * len(image)), dpi=110, layout="constrained")
     rows = figure.subplots(len(image), len(widths), squeeze=False, width_ratios=widths)
-    deviation, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
     for clip, (panels, title) in enumerate(zip(rows, titles, strict=True)):
-        frame = (image[clip].float().cpu() * deviation + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-        top = 10 * audio[clip].max().item()
+        frame, top = _pixels(image[clip]).numpy(), 10 * audio[clip].max().item()
         panels[0].imshow(frame)
-        _bare(panels[0], title)
+        _bare(panels[0], "\n".join(line for text in title.split("\n") for line in textwrap.wrap(text, TITLE_WIDTH)))
         for panel, (name, values) in zip(panels[1:], maps.items(), strict=False):
             panel.imshow(frame)
             panel.imshow(values[clip].float().cpu().numpy(), cmap="inferno", alpha=0.55, interpolation="bilinear",
@@ -169,7 +187,6 @@ def plot_reconstructions(path: str | os.PathLike, *shown: Tensor) -> None:
     count, width = len(images[0]), sounds[0].shape[-1] / sounds[0].shape[-2]
     figure = Figure(figsize=(3 * (1.6 + 1.6 * width), 1.7 * count + 0.3), dpi=110, layout="constrained")
     panels = figure.subplots(count, 6, squeeze=False, width_ratios=[1] * 3 + [width] * 3)
-    deviation, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
     titles = ("frame", "masked", "reconstructed", "spectrogram", "masked", "reconstructed")
     for clip, row in enumerate(panels):
         decibels = [10 * sound[clip, 0].float().cpu() for sound in sounds]
@@ -177,13 +194,18 @@ def plot_reconstructions(path: str | os.PathLike, *shown: Tensor) -> None:
         for number, panel in enumerate(row):
             panel.set_facecolor("0.75")
             if number < 3:
-                picture = (images[number][clip].float().cpu() * deviation + mean).clamp(0, 1)
-                seen = (~picture[:1].isnan()).float()
-                panel.imshow(torch.cat((picture.nan_to_num(), seen)).permute(1, 2, 0).numpy())
+                picture = _pixels(images[number][clip])
+                panel.imshow(torch.cat((picture.nan_to_num(), (~picture[..., :1].isnan()).float()), dim=-1).numpy())
             else:
                 panel.imshow(decibels[number - 3].numpy(), cmap=SPECTROGRAM, vmin=top - 80, vmax=top, origin="lower")
             _bare(panel, titles[number] if clip == 0 else "")
     figure.savefig(path)
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """[3, H, W], ImageNet-normalised -> [H, W, 3] in [0, 1]."""
+    deviation, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
+    return (image.float().cpu() * deviation + mean).clamp(0, 1).permute(1, 2, 0)
 
 
 def _relative(attention: Tensor, grid: list[int]) -> Tensor:
