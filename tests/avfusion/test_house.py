@@ -82,3 +82,11 @@ def test_the_model_uses_public_names_of_the_kernels_alone():
 def test_no_file_is_two():
     long = {name: lines for name, path in FILES.items() if (lines := len(path.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_every_file_has_its_line_in_the_documentation():
+    lines = (ROOT / "docs" / "structure.md").read_text().splitlines()
+    listed = {line.split()[0] for line in lines if line.startswith("    ") and line.strip()}
+    for name, path in FILES.items():
+        if name.startswith("avfusion.") and path.name not in ("__init__.py", "__main__.py"):
+            assert "/".join(path.relative_to(ROOT / "avfusion").parts[1:]) in listed or path.name in listed, name
