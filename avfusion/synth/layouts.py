@@ -63,8 +63,7 @@ class Clip(NamedTuple):
 def scene(settings: Settings, index: int) -> Scene:
     """The scene of a clip, without rendering it."""
     plan = LAYOUTS[settings.layout].plan(settings, index)
-    how = {"sources": plan.sources, "seconds": plan.seconds, "close": plan.close, "alone": plan.alone}
-    return draw_scene(settings, index, **how)
+    return draw_scene(settings, index, sources=plan.sources, seconds=plan.seconds, close=plan.close, alone=plan.alone)
 
 
 def clip_files(settings: Settings, index: int) -> Files:
@@ -119,26 +118,18 @@ def _truth(clip: Clip, path: str, times: np.ndarray) -> dict:
     }  # fmt: skip
 
 
-# Helpers of the layouts -----------------------------------------------------------------------------------------------
-
-
 def _json(value) -> bytes:
     return (json.dumps(value) + "\n").encode()
 
 
 def _csv(rows: Iterable[Iterable], header: str | None = None) -> bytes:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([header.split(","), *rows] if header else rows)
+    csv.writer(text, lineterminator="\n").writerows([header.split(","), *rows] if header else rows)
     return text.getvalue().encode()
 
 
-def _split(settings: Settings, index: int) -> str:
+def _split(index: int) -> str:
     return "test" if index % 5 == 4 else "train"
-
-
-def _video(clip: Clip) -> bytes:
-    return render.mp4(clip.frames, clip.settings.fps, clip.sound)
 
 
 def _key(truth: dict) -> str:
@@ -149,27 +140,33 @@ def _in_split(truths: list[dict], split: str) -> list[dict]:
     return [truth for truth in truths if truth["split"] == split]
 
 
-# VGGSound and what is made of its clips -------------------------------------------------------------------------------
+def video(name: Callable[[Clip], str]) -> Callable[[Clip], tuple[str, Files]]:
+    """Clips are videos under clips/, named so, without the suffix."""
+
+    def media(clip: Clip) -> tuple[str, Files]:
+        path = f"clips/{name(clip)}.mp4"
+        return path, {path: render.mp4(clip.frames, clip.settings.fps, clip.sound)}
+
+    return media
 
 
-def vggsound_plan(settings: Settings, index: int) -> Plan:
-    return Plan(_split(settings, index))
+def _cut(clip: Clip) -> str:
+    """<id>_<start>_<end>."""
+    return f"{clip.scene.id}_{clip.scene.start:06d}_{clip.scene.start + 10:06d}"
 
 
-def vggsound_media(clip: Clip) -> tuple[str, Files]:
-    drawn = clip.scene
-    folder = clip.settings.names[drawn.label].replace(" ", "_")
-    path = f"clips/{folder}/{drawn.id}_{drawn.start:06d}_{drawn.start + 10:06d}.mp4"
-    return path, {path: _video(clip)}
+def _of_class(clip: Clip) -> str:
+    return f"{clip.settings.names[clip.scene.label].replace(' ', '_')}/{_cut(clip)}"
+
+
+def _of_players(clip: Clip) -> str:
+    heard = [actor.label for actor in clip.scene.actors if actor.sounding and actor.onscreen]
+    return "+".join(clip.settings.names[label].replace(" ", "_") for label in heard) + f"/{clip.scene.id}.000000"
 
 
 def vggsound(settings: Settings, truths: list[dict]) -> Files:
     rows = [(truth["id"], truth["start"], truth["class"], truth["split"]) for truth in truths]
     return {"annotations/vggsound.csv": _csv(rows)}
-
-
-def performance_plan(settings: Settings, index: int) -> Plan:
-    return Plan(_split(settings, index), close=True, alone=True)
 
 
 def vggsound_subset(name: str) -> Callable[[Settings, list[dict]], Files]:
@@ -195,10 +192,6 @@ def vggsound_subset(name: str) -> Callable[[Settings, list[dict]], Files]:
     return annotate
 
 
-def vggss_plan(settings: Settings, index: int) -> Plan:
-    return Plan("test", close=True)
-
-
 def vggss(settings: Settings, truths: list[dict]) -> Files:
     """VGG-SS: boxes of what sounds in the frame in the middle."""
     rows = []
@@ -214,19 +207,10 @@ def _middle_boxes(truth: dict) -> list[list[int]]:
     return [box for box in seen if box]
 
 
-# AudioSet -------------------------------------------------------------------------------------------------------------
-
-
 def audioset_plan(settings: Settings, index: int) -> Plan:
     split = "eval" if index % 5 == 4 else "balanced_train" if index % 5 == 0 else "unbalanced_train"
     sources = int(np.random.default_rng([settings.seed, index, 3]).choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
     return Plan(split, sources=sources)
-
-
-def audioset_media(clip: Clip) -> tuple[str, Files]:
-    drawn = clip.scene
-    path = f"clips/{drawn.id[:2]}/{drawn.id}_{drawn.start:06d}_{drawn.start + 10:06d}.mp4"
-    return path, {path: _video(clip)}
 
 
 def audioset(settings: Settings, truths: list[dict]) -> Files:
@@ -249,23 +233,10 @@ def audioset(settings: Settings, truths: list[dict]) -> Files:
     return files
 
 
-# MUSIC ----------------------------------------------------------------------------------------------------------------
-
-
 def music_plan(settings: Settings, index: int) -> Plan:
     duet = index % 4 == 3 and settings.task != "synchrony"
     variant = "duet" if duet else "solo"
-    return Plan(_split(settings, index), sources=2 if duet else 1, variant=variant, close=True, alone=True)
-
-
-def music_media(clip: Clip) -> tuple[str, Files]:
-    path = f"clips/{_players(clip)}/{clip.scene.id}.000000.mp4"
-    return path, {path: _video(clip)}
-
-
-def _players(clip: Clip) -> str:
-    heard = [actor.label for actor in clip.scene.actors if actor.sounding and actor.onscreen]
-    return "+".join(clip.settings.names[label].replace(" ", "_") for label in heard)
+    return Plan(_split(index), sources=2 if duet else 1, variant=variant, close=True, alone=True)
 
 
 def music(settings: Settings, truths: list[dict]) -> Files:
@@ -275,9 +246,6 @@ def music(settings: Settings, truths: list[dict]) -> Files:
         )
         for kind in ("solo", "duet")
     }
-
-
-# AVSBench -------------------------------------------------------------------------------------------------------------
 
 
 def avsbench_plan(settings: Settings, index: int) -> Plan:
@@ -327,28 +295,26 @@ def avsbench(settings: Settings, truths: list[dict]) -> Files:
     }
 
 
-# Flickr-SoundNet ------------------------------------------------------------------------------------------------------
-
-FLICKR_SIDE, ANNOTATORS = 256, 3
+SIDE, ANNOTATORS = 256, 3
 
 
 def flickr_plan(settings: Settings, index: int) -> Plan:
-    return Plan(_split(settings, index), times=np.array([settings.seconds / 2]), close=True)
+    return Plan(_split(index), times=np.array([settings.seconds / 2]), close=True)
 
 
 def flickr_media(clip: Clip) -> tuple[str, Files]:
     """A frame of 256 x 256 pixels, and the boxes of annotators who are a few pixels off."""
     name, settings = clip.scene.id, clip.settings
-    frame = Image.fromarray(clip.frames[0]).resize((FLICKR_SIDE, FLICKR_SIDE), Image.Resampling.BICUBIC)
+    frame = Image.fromarray(clip.frames[0]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     rng = np.random.default_rng([settings.seed, clip.index, 4])
     root = ElementTree.Element("annotation")
     sounding = [n for n, actor in enumerate(clip.scene.actors, 1) if actor.sounding and actor.onscreen]
     exact = [box for number in sounding for box in render.boxes(clip.masks, number) if box]
     for _ in range(ANNOTATORS):
         for box in exact:
-            sides = np.array(box) * FLICKR_SIDE / settings.size + rng.normal(0, 0.02 * FLICKR_SIDE, 4)
+            sides = np.array(box) * SIDE / settings.size + rng.normal(0, 0.02 * SIDE, 4)
             element = ElementTree.SubElement(root, "bbox")
-            for tag, side in zip(("xmin", "ymin", "xmax", "ymax"), sides.round().clip(0, FLICKR_SIDE), strict=True):
+            for tag, side in zip(("xmin", "ymin", "xmax", "ymax"), sides.round().clip(0, SIDE), strict=True):
                 ElementTree.SubElement(element, tag).text = str(int(side))
     ElementTree.indent(root)
     path = f"frames/{name}.jpg"
@@ -366,26 +332,22 @@ def flickr(settings: Settings, truths: list[dict]) -> Files:
     }
 
 
-# A folder of videos without labels ------------------------------------------------------------------------------------
+def _plain(settings: Settings, index: int) -> Plan:
+    return Plan(_split(index))
 
 
-def folder_media(clip: Clip) -> tuple[str, Files]:
-    path = f"clips/{clip.scene.id}.mp4"
-    return path, {path: _video(clip)}
-
-
-def folder(settings: Settings, truths: list[dict]) -> Files:
-    return {}
+def _performance(settings: Settings, index: int) -> Plan:
+    return Plan(_split(index), close=True, alone=True)
 
 
 LAYOUTS = {
-    "vggsound": Layout(vggsound_plan, vggsound_media, vggsound),
-    "vggsound-music": Layout(performance_plan, vggsound_media, vggsound_subset("vggsound_music")),
-    "vggsound-instruments": Layout(performance_plan, vggsound_media, vggsound_subset("vggsound_instruments")),
-    "vggss": Layout(vggss_plan, vggsound_media, vggss),
-    "audioset": Layout(audioset_plan, audioset_media, audioset),
-    "music": Layout(music_plan, music_media, music),
+    "vggsound": Layout(_plain, video(_of_class), vggsound),
+    "vggsound-music": Layout(_performance, video(_of_class), vggsound_subset("vggsound_music")),
+    "vggsound-instruments": Layout(_performance, video(_of_class), vggsound_subset("vggsound_instruments")),
+    "vggss": Layout(lambda settings, index: Plan("test", close=True), video(_of_class), vggss),
+    "audioset": Layout(audioset_plan, video(lambda clip: f"{clip.scene.id[:2]}/{_cut(clip)}"), audioset),
+    "music": Layout(music_plan, video(_of_players), music),
     "avsbench": Layout(avsbench_plan, avsbench_media, avsbench),
     "flickr-soundnet": Layout(flickr_plan, flickr_media, flickr),
-    "folder": Layout(vggsound_plan, folder_media, folder),
+    "folder": Layout(_plain, video(lambda clip: clip.scene.id), lambda settings, truths: {}),
 }
