@@ -12,6 +12,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -24,6 +25,7 @@ from avfusion.synth.scene import Scene, Settings, draw_scene
 from avfusion.synth.timbres import RATE, TIMBRES
 
 Files = dict[str, bytes]
+jpeg = partial(render.picture, kind="JPEG", quality=92)
 
 
 class Plan(NamedTuple):
@@ -265,10 +267,10 @@ def avsbench_media(clip: Clip) -> tuple[str, Files]:
     annotated = 1 if clip.plan.variant == "v1s" and clip.plan.split == "train" else len(clip.frames)
     files = {f"{folder}/audio.wav": render.wav(clip.sound)}
     for number, (frame, mask) in enumerate(zip(clip.frames, index[clip.masks], strict=True)):
-        files[f"{folder}/frames/{number}.jpg"] = render.jpeg(frame)
+        files[f"{folder}/frames/{number}.jpg"] = jpeg(Image.fromarray(frame))
         if number < annotated:
-            files[f"{folder}/labels_semantic/{number}.png"] = render.png(Image.fromarray(mask))
-            files[f"{folder}/labels_rgb/{number}.png"] = render.png(Image.fromarray(COLOURS[mask]))
+            files[f"{folder}/labels_semantic/{number}.png"] = render.picture(Image.fromarray(mask), "PNG")
+            files[f"{folder}/labels_rgb/{number}.png"] = render.picture(Image.fromarray(COLOURS[mask]), "PNG")
     return folder, files
 
 
@@ -319,7 +321,7 @@ def flickr_media(clip: Clip) -> tuple[str, Files]:
     ElementTree.indent(root)
     path = f"frames/{name}.jpg"
     return path, {
-        path: render.jpeg(np.asarray(frame)),
+        path: jpeg(frame),
         f"audio/{name}.wav": render.wav(clip.sound),
         f"Annotations/{name}.xml": ElementTree.tostring(root, encoding="utf-8") + b"\n",
     }

@@ -26,167 +26,89 @@ def fractal_noise(rng: Rng, height: int, width: int, power: float) -> Array:
     return (noise / noise.std()).astype(np.float32)
 
 
-# Shapes: positive inside, about the distance to the edge. -------------------------------------------------------------
+class Look(NamedTuple):
+    """How a class looks: formulas of x, y, r, a (the angle) and, for textures, n, fractal noise of the same size."""
 
-
-def _polar(x: Array, y: Array) -> tuple[Array, Array]:
-    return np.hypot(x, y), np.arctan2(y, x)
-
-
-def disc(x, y):
-    return 1 - np.hypot(x, y)
-
-
-def cushion(x, y):
-    return 0.9 - (x**4 + y**4) ** 0.25
-
-
-def star(x, y):
-    radius, angle = _polar(x, y)
-    return (0.72 + 0.27 * np.cos(5 * angle + np.pi / 2) - radius) * 0.75
-
-
-def diamond(x, y):
-    return (1.05 - np.abs(x) - np.abs(y)) * 0.7
-
-
-def gear(x, y):
-    radius, angle = _polar(x, y)
-    return np.minimum(0.86 + 0.12 * np.clip(3 * np.cos(10 * angle), -1, 1) - radius, radius - 0.22)
-
-
-def puff(x, y):
-    radius, angle = _polar(x, y)
-    return 0.88 + 0.05 * np.cos(9 * angle) + 0.04 * np.cos(31 * angle) - radius
-
-
-def cross(x, y):
-    x, y = np.abs(x), np.abs(y)
-    return np.maximum(np.minimum(0.36 - x, 0.95 - y), np.minimum(0.36 - y, 0.95 - x))
-
-
-def flower(x, y):
-    radius, angle = _polar(x, y)
-    return (0.62 + 0.36 * np.abs(np.cos(2.5 * angle)) - radius) * 0.8
-
-
-def crescent(x, y):
-    return np.minimum(1 - np.hypot(x, y), np.hypot(x - 0.5, y + 0.1) - 0.62)
-
-
-def heart(x, y):
-    return 1 - np.hypot(x * 1.05, (0.15 - y) * 1.15 - 0.55 * np.sqrt(np.abs(x)))
-
-
-def ring(x, y):
-    radius = np.hypot(x, y)
-    return np.minimum(1 - radius, radius - 0.5)
-
-
-def shell(x, y):
-    return (1 - np.hypot(x, y * 1.35)) * 0.8
-
-
-# Textures: how much of the second colour, in [0, 1]. `noise` is fractal noise of the same size. -----------------------
+    name: str
+    shape: Callable[[Array, Array, Array, Array], Array]  # positive inside, about the distance to the edge
+    texture: Callable[[Array, Array, Array, Array, Array], Array]  # how much of the second colour, in [0, 1]
+    colours: tuple[tuple[float, float, float], tuple[float, float, float]]  # hue, saturation, value
 
 
 def _soft(wave: Array) -> Array:
     return np.clip(0.5 + 3 * wave, 0, 1)
 
 
-def stripes(x, y, noise):
-    return _soft(np.sin(9 * (x + 0.4 * y) + 0.1 * noise))
+def _cross(x, y, r, a):
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.minimum(0.36 - x, 0.95 - y), np.minimum(0.36 - y, 0.95 - x))
 
 
-def spots(x, y, noise):
-    return _soft(np.cos(7 * x) * np.cos(7 * y) - 0.35 + 0.05 * noise)
-
-
-def marble(x, y, noise):
-    return 0.5 + 0.5 * np.sin(5 * (x - y) + 2.5 * noise)
-
-
-def checks(x, y, noise):
-    return _soft(np.sin(8 * x) * np.sin(8 * y))
-
-
-def wood(x, y, noise):
-    return 0.5 + 0.5 * np.sin(22 * np.hypot(x + 0.6, 0.5 * y) + 1.2 * noise)
-
-
-def fur(x, y, noise):
-    radius, angle = _polar(x, y)
-    return 0.5 + 0.5 * np.sin(40 * angle + 6 * np.sin(9 * radius) + 3 * noise) * np.clip(radius * 1.5, 0, 1)
-
-
-def bricks(x, y, noise):
-    row = np.floor(y * 5)
-    along = (x * 2.5 + 0.5 * (row % 2)) % 1
+def _bricks(x, y, r, a, n):
+    along = (x * 2.5 + 0.5 * (np.floor(y * 5) % 2)) % 1
     mortar = (np.minimum(along, 1 - along) < 0.06) | ((y * 5) % 1 < 0.15)
-    return np.where(mortar, 1, np.clip(0.15 + 0.15 * noise, 0, 1))
+    return np.where(mortar, 1, np.clip(0.15 + 0.15 * n, 0, 1))
 
 
-def veins(x, y, noise):
-    radius, angle = _polar(x, y)
-    return np.clip(np.where(radius < 0.25, 1, 0.35 + 0.35 * np.cos(25 * angle) * radius + 0.1 * noise), 0, 1)
-
-
-def scales(x, y, noise):
-    row = np.floor(y * 4)
-    return np.clip(np.hypot((x * 4 + 0.5 * (row % 2)) % 1 - 0.5, (y * 4) % 1) ** 3 * 1.2 + 0.08 * noise, 0, 1)
-
-
-def weave(x, y, noise):
-    over = (np.floor(x * 5) + np.floor(y * 5)) % 2
-    return np.abs(np.where(over, np.sin(5 * np.pi * x), np.sin(5 * np.pi * y)))
-
-
-def metal(x, y, noise):
-    radius, angle = _polar(x, y)
-    return np.clip(0.5 + 0.4 * np.sin(2 * angle + 0.6) + 0.15 * np.sin(60 * radius), 0, 1)
-
-
-def spiral(x, y, noise):
-    radius, angle = _polar(x, y)
-    return _soft(np.sin(angle + 14 * radius + 0.15 * noise))
-
-
-class Look(NamedTuple):
-    name: str
-    shape: Callable[[Array, Array], Array]
-    texture: Callable[[Array, Array, Array], Array]
-    colours: tuple[tuple[float, float, float], tuple[float, float, float]]  # hue, saturation, value
+def _scales(x, y, r, a, n):
+    along = (x * 4 + 0.5 * (np.floor(y * 4) % 2)) % 1
+    return np.clip(np.hypot(along - 0.5, (y * 4) % 1) ** 3 * 1.2 + 0.08 * n, 0, 1)
 
 
 LOOKS = (
-    Look("striped ball", disc, stripes, ((0.0, 0.85, 0.85), (0.1, 0.1, 0.98))),
-    Look("spotted cushion", cushion, spots, ((0.61, 0.75, 0.75), (0.15, 0.25, 1.0))),
-    Look("marbled star", star, marble, ((0.14, 0.85, 1.0), (0.09, 0.85, 0.75))),
-    Look("chequered diamond", diamond, checks, ((0.78, 0.7, 0.6), (0.83, 0.15, 0.95))),
-    Look("wooden gear", gear, wood, ((0.07, 0.65, 0.6), (0.09, 0.5, 0.85))),
-    Look("furry puff", puff, fur, ((0.92, 0.45, 0.95), (0.9, 0.65, 0.65))),
-    Look("brick cross", cross, bricks, ((0.03, 0.7, 0.7), (0.1, 0.1, 0.8))),
-    Look("veined flower", flower, veins, ((0.86, 0.7, 0.95), (0.15, 0.8, 1.0))),
-    Look("scaly crescent", crescent, scales, ((0.47, 0.8, 0.8), (0.52, 0.9, 0.35))),
-    Look("woven heart", heart, weave, ((0.98, 0.75, 0.55), (0.97, 0.6, 0.95))),
-    Look("metal ring", ring, metal, ((0.58, 0.1, 0.55), (0.58, 0.05, 0.98))),
-    Look("spiral shell", shell, spiral, ((0.08, 0.3, 0.98), (0.06, 0.7, 0.55))),
-)
+    Look("striped ball", lambda x, y, r, a: 1 - r,
+         lambda x, y, r, a, n: _soft(np.sin(9 * (x + 0.4 * y) + 0.1 * n)),
+         ((0.0, 0.85, 0.85), (0.1, 0.1, 0.98))),
+    Look("spotted cushion", lambda x, y, r, a: 0.9 - (x**4 + y**4) ** 0.25,
+         lambda x, y, r, a, n: _soft(np.cos(7 * x) * np.cos(7 * y) - 0.35 + 0.05 * n),
+         ((0.61, 0.75, 0.75), (0.15, 0.25, 1.0))),
+    Look("marbled star", lambda x, y, r, a: (0.72 + 0.27 * np.cos(5 * a + np.pi / 2) - r) * 0.75,
+         lambda x, y, r, a, n: 0.5 + 0.5 * np.sin(5 * (x - y) + 2.5 * n),
+         ((0.14, 0.85, 1.0), (0.09, 0.85, 0.75))),
+    Look("chequered diamond", lambda x, y, r, a: (1.05 - np.abs(x) - np.abs(y)) * 0.7,
+         lambda x, y, r, a, n: _soft(np.sin(8 * x) * np.sin(8 * y)),
+         ((0.78, 0.7, 0.6), (0.83, 0.15, 0.95))),
+    Look("wooden gear",
+         lambda x, y, r, a: np.minimum(0.86 + 0.12 * np.clip(3 * np.cos(10 * a), -1, 1) - r, r - 0.22),
+         lambda x, y, r, a, n: 0.5 + 0.5 * np.sin(22 * np.hypot(x + 0.6, 0.5 * y) + 1.2 * n),
+         ((0.07, 0.65, 0.6), (0.09, 0.5, 0.85))),
+    Look("furry puff", lambda x, y, r, a: 0.88 + 0.05 * np.cos(9 * a) + 0.04 * np.cos(31 * a) - r,
+         lambda x, y, r, a, n: 0.5 + 0.5 * np.sin(40 * a + 6 * np.sin(9 * r) + 3 * n) * np.clip(r * 1.5, 0, 1),
+         ((0.92, 0.45, 0.95), (0.9, 0.65, 0.65))),
+    Look("brick cross", _cross, _bricks, ((0.03, 0.7, 0.7), (0.1, 0.1, 0.8))),
+    Look("veined flower", lambda x, y, r, a: (0.62 + 0.36 * np.abs(np.cos(2.5 * a)) - r) * 0.8,
+         lambda x, y, r, a, n: np.clip(np.where(r < 0.25, 1, 0.35 + 0.35 * np.cos(25 * a) * r + 0.1 * n), 0, 1),
+         ((0.86, 0.7, 0.95), (0.15, 0.8, 1.0))),
+    Look("scaly crescent", lambda x, y, r, a: np.minimum(1 - r, np.hypot(x - 0.5, y + 0.1) - 0.62), _scales,
+         ((0.47, 0.8, 0.8), (0.52, 0.9, 0.35))),
+    Look("woven heart",
+         lambda x, y, r, a: 1 - np.hypot(x * 1.05, (0.15 - y) * 1.15 - 0.55 * np.sqrt(np.abs(x))),
+         lambda x, y, r, a, n: np.abs(
+             np.where((np.floor(x * 5) + np.floor(y * 5)) % 2, np.sin(5 * np.pi * x), np.sin(5 * np.pi * y))),
+         ((0.98, 0.75, 0.55), (0.97, 0.6, 0.95))),
+    Look("metal ring", lambda x, y, r, a: np.minimum(1 - r, r - 0.5),
+         lambda x, y, r, a, n: np.clip(0.5 + 0.4 * np.sin(2 * a + 0.6) + 0.15 * np.sin(60 * r), 0, 1),
+         ((0.58, 0.1, 0.55), (0.58, 0.05, 0.98))),
+    Look("spiral shell", lambda x, y, r, a: (1 - np.hypot(x, y * 1.35)) * 0.8,
+         lambda x, y, r, a, n: _soft(np.sin(a + 14 * r + 0.15 * n)),
+         ((0.08, 0.3, 0.98), (0.06, 0.7, 0.55))),
+)  # fmt: skip
 
 
 def sprite(look: Look, side: int, rng: Rng) -> Image.Image:
     """An object with its shadow, lit from the upper left: a `side` x `side` image, mode RGBa (premultiplied).
 
-    Object pixels are opaque and shadow pixels less than half so: whatever is above `edge_opacity` is the object.
+    Object pixels are opaque and shadow pixels less than half so (`render.OBJECT` lies between).
     """
     axis = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 * EXTENT - EXTENT
     x, y = np.meshgrid(axis, axis)
-    field = look.shape(x, y)
+    field = look.shape(x, y, np.hypot(x, y), np.arctan2(y, x))
     inside = np.clip(0.5 + field / (axis[1] - axis[0]), 0, 1)
 
     turn, shift = rng.uniform(-0.3, 0.3), rng.uniform(-0.1, 0.1, 2)
     u, v = x * np.cos(turn) - y * np.sin(turn) + shift[0], x * np.sin(turn) + y * np.cos(turn) + shift[1]
-    mix = look.texture(u, v, fractal_noise(rng, side, side, 1.3))[..., None]
+    noise = fractal_noise(rng, side, side, 1.3)
+    mix = look.texture(u, v, np.hypot(u, v), np.arctan2(v, u), noise)[..., None]
     first, second = (_colour(hsv, rng) for hsv in look.colours)
     albedo = first + mix * (second - first)
 
@@ -212,8 +134,6 @@ def _colour(hsv: tuple[float, float, float], rng: Rng) -> Array:
     hue, saturation, value = np.array(hsv) + rng.uniform(-1, 1, 3) * (0.02, 0.08, 0.08)
     return np.array(colorsys.hsv_to_rgb(hue % 1, np.clip(saturation, 0, 1), np.clip(value, 0, 1)), np.float32)
 
-
-# Backgrounds ----------------------------------------------------------------------------------------------------------
 
 # Sky above and at the horizon, clouds, far hills, ground: RGB.
 OUTDOORS = (

@@ -134,20 +134,12 @@ def wav(waveform: np.ndarray) -> bytes:
     """A waveform [samples] int16 as a mono WAV file at `RATE`."""
     file = io.BytesIO()
     with wave.open(file, "wb") as output:
-        output.setnchannels(1)
-        output.setsampwidth(2)
-        output.setframerate(RATE)
+        output.setparams((1, 2, RATE, 0, "NONE", None))
         output.writeframes(waveform.astype("<i2").tobytes())
     return file.getvalue()
 
 
-def jpeg(frame: np.ndarray) -> bytes:
+def picture(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=92)
-    return file.getvalue()
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
+    image.save(file, kind, **options)
     return file.getvalue()
