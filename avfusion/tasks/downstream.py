@@ -210,9 +210,11 @@ def evaluate_run(
 
 @torch.no_grad()
 def predict(task: Downstream, model: nn.Module, clip: Clip, dtype: torch.dtype = torch.float32) -> Prediction:
-    """`task.predict`, in autocast to `dtype`."""
+    """`task.predict`, in autocast to `dtype`; what it gives is float32 on the CPU."""
     with autocast(device_of(model), dtype):
-        return task.predict(model, clip)
+        said = task.predict(model, clip)
+    maps, sounds = ({name: x.float().cpu() for name, x in found.items()} for found in (said.maps, said.sounds))
+    return Prediction(said.facts, maps, sounds)
 
 
 def write_prediction(prediction: Prediction, clip: Clip, folder: Path) -> list[Path]:

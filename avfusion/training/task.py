@@ -111,28 +111,26 @@ class Task(ABC):
         return range(len(source.rows))
 
     def read(self, where: str, split: str) -> Source:
-        layout, cache = self.config.data.layout, self.config.data.shard_cache
-        if layout == "shards":
-            if "://" in where and not cache:
-                raise ValueError(f"{where}: shards at an address need --shard-cache, a folder that keeps what is "
-                                 "fetched")  # fmt: skip
-            return self._named(where, lambda: data.Shards(where, split, cache=cache or None))
-        if layout == "vggsound" and not Path(where, "annotations").exists() and find_videos(Path(where)):
-            distributed.say(
-                f"{where}: no annotations/vggsound.csv: taken as a folder of videos without labels, --layout folder"
-            )
-            layout = "folder"
-        return self._named(where, lambda: data.read(layout, where, "all" if layout == "folder" else split))
-
-    def _named(self, where: str, read: Callable[[], Source]) -> Source:
-        """What `read` returns; an error about the split says which data set, and how to choose another."""
+        """A data set as it lies. An error about its split says how to choose another."""
         try:
-            return read()
+            return self._read(where, split)
         except ValueError as error:
             if not str(error).startswith("split="):
                 raise
             raise ValueError(f"{where}: {error} (name another, or all, by --split or --eval-split, or other clips to "
                              "evaluate on by --eval-data)") from error  # fmt: skip
+
+    def _read(self, where: str, split: str) -> Source:
+        layout, cache = self.config.data.layout, self.config.data.shard_cache
+        if layout == "shards":
+            if "://" in where and not cache:
+                raise ValueError(f"{where}: shards at an address need --shard-cache, a folder that keeps what is "
+                                 "fetched")  # fmt: skip
+            return data.Shards(where, split, cache=cache or None)
+        if layout == "vggsound" and not Path(where, "annotations").exists() and find_videos(Path(where)):
+            distributed.say(f"{where}: no annotations/vggsound.csv: taken as a folder of videos, --layout folder")
+            layout = "folder"
+        return data.read(layout, where, "all" if layout == "folder" else split)
 
     def samples(self, source: Source, *, train: bool) -> Dataset:
         """What the model sees of the clips of a source: a composition of `avfusion.data.samples`."""

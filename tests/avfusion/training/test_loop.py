@@ -5,11 +5,13 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -324,6 +326,36 @@ def test_runs_that_were_compiled_by_mode_are_read(config, tmp_path, mode, compil
     assert load_config(tmp_path, "pretrain", PretrainConfig) == config.but(compile=compile)
 
 
+OLD = Path(__file__).with_name("run-0.1.0")  # made by version 0.1.0, and interrupted after two of six steps
+
+
+def test_a_run_of_an_older_version_is_resumed(tmp_path, capsys):
+    """On the machine that made it, to the bit; elsewhere sums are rounded otherwise."""
+    synthesize(tmp_path / "clips", Settings(clips=10, classes=2, size=32, seconds=1.5, fps=4))
+    shutil.copytree(OLD, tmp_path / "run")
+    config = load_config(tmp_path / "run", "pretrain", PretrainConfig).but(data=str(tmp_path / "clips"))
+    assert (config.run.dtype, config.encoder.patch_size, config.optim.blr) == ("fp32", 8, 0.05)
+    assert train.train(Pretrain(config), tmp_path / "run", resume=True)
+    assert "goes on after step 2 from" in capsys.readouterr().out
+    found, state = files(tmp_path / "run", 6)
+    expected, begun = load_file(OLD / "expected.safetensors"), files(OLD, 2)[0]
+    assert found.keys() == expected.keys()
+    assert (state["step"], state["loader"]["epoch"]) == (6, 3)
+    losses = [losses_of(config, weights) for weights in (found, expected, begun)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[1], rel=1e-3)
+
+
+def losses_of(config, weights):
+    """What weights make of a fixed batch."""
+    task, g = Pretrain(config), torch.Generator().manual_seed(0)
+    model, size = task.build().eval(), config.encoder
+    model.load_state_dict(weights)
+    batch = torch.randn(4, 3, *size.image_size, generator=g), torch.randn(4, 1, *size.audio_size, generator=g)
+    with torch.no_grad():
+        return [loss.item() for loss in model(*batch, *task.mask_noise(0, torch.arange(4)))[:2]]
+
+
 def test_an_empty_data_set_is_named_on_the_command_line(config, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert (
@@ -382,13 +414,8 @@ def test_accumulation_and_checkpointing_change_rounding_only(config, tmp_path):
 
 
 def final_losses(config, out, step=STEPS):
-    """What the last weights make of a fixed batch. Weights that do not matter, key biases, are noise in AdamW."""
-    model = build(config).eval()
-    model.load_state_dict(files(out, step)[0])
-    g = torch.Generator().manual_seed(0)
-    batch = (torch.randn(4, 3, 64, 64, generator=g), torch.randn(4, 1, 32, 64, generator=g))
-    with torch.no_grad():
-        return [loss.item() for loss in model(*batch, *Pretrain(config).mask_noise(0, torch.arange(4)))[:2]]
+    """Of the last weights. Those that do not matter, key biases, are noise in AdamW."""
+    return losses_of(config, files(out, step)[0])
 
 
 WORK = """
