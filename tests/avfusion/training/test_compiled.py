@@ -7,7 +7,7 @@ from functools import cache, partial
 import pytest
 import torch
 from played import play_graphs
-from test_model import SMALL, batch, build, golden_encoder, masks
+from small import SMALL, batch, build, golden_encoder, masks
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from avfkernels import layer
