@@ -193,7 +193,7 @@ def evaluate_run(
     model.to(device).encoder.compiled = task.config.run.compile
     source = task.open_evaluation()
     batch = min(task.config.optim.batch_size, max(len(source.rows), 1))
-    loader = task.loader(source, batch, train=False, rank=0, world_size=1)
+    loader = task.loader(source, batch, train=False)
     with torch.no_grad():
         result = task.evaluate(model, loader, dtype)
     facts = {"run": run.name, "task": task.name, "clips": len(result.samples), "sha256": source.sha256}

@@ -11,6 +11,7 @@ import signal
 from collections import deque
 from collections.abc import Callable
 from contextlib import ContextDecorator, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import avfkernels
 from avfusion import distributed
+from avfusion.data.loader import ClipLoader
 from avfusion.data.sampler import random_seed
 from avfusion.data.samples import Source
 from avfusion.models.deepavfusion import Block
@@ -85,7 +87,6 @@ def train(
     """
     out, config, device = Path(out), task.config, distributed.start(device)
     optim, run, ranks = config.optim, config.run, distributed.world_size()
-    dtype, place = DTYPES[run.dtype], {"rank": distributed.rank(), "world_size": ranks}
 
     # What can be checked is, before anything takes long.
     last, part = check_folder(task, out, resume), part_of_a_step(config)
@@ -96,7 +97,7 @@ def train(
     # Data
     with distributed.first():
         source = task.open(make=not distributed.rank())
-    loader = task.loader(source, part, train=True, report=out / "failed.jsonl", **place)
+    loader = task.loader(source, part, train=True, report=out / "failed.jsonl")
     steps = steps_of_an_epoch(source, optim.batch_size)
     total = steps * optim.epochs
 
@@ -117,7 +118,9 @@ def train(
     compiles = run.compile is not False and not (sharded or run.gradient_checkpointing)
     pays = avfkernels.pays(device) and total * optim.batch_size >= avfkernels.CLIPS
     model.encoder.compiled = compiles and bool(run.compile or pays)
-    trained = distributed_model(model, device) if ranks > 1 and not sharded else model
+    trained = model
+    if ranks > 1 and not sharded:
+        trained = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
     # Where it stands
     step, bad = load_checkpoint(last, model, optimizer, loader, device) if last else (0, 0)
@@ -127,15 +130,16 @@ def train(
     distributed.say(f"{out}: {task.name}, {total} steps of {optim.batch_size} clips on {ranks} x {device}, "
                     + (f"goes on after step {step} from {last}" if last else "from the beginning"))  # fmt: skip
     curve = Curve.resume(out, step, task.draw_curve)
-    evaluation = Evaluation(task, model, curve, part, steps, dtype, place, compiled=compiles and None, sharded=sharded)
+    watched = task.loader(task.open_evaluation(), part, train=False) if config.data.eval_clips else None
+    evaluation = Evaluation(task, model, watched, curve, steps, compiled=compiles and None, sharded=sharded)
     save = partial(save_checkpoint, out, model, optimizer, loader, device, run.keep)
     recorded = compiles and pays and ranks == 1 and isinstance(optimizer, torch.optim.AdamW)
     exchange = {} if recorded else {"synchronise": exchanges(model, trained, optim.accumulation), "reduce": with_stop}
     taking = (RecordedStep if recorded else Step)(
-        partial(task.losses, trained), model, optimizer, device=device, dtype=dtype, parts=optim.accumulation,
-        **exchange,
+        partial(task.losses, trained), model, optimizer, device=device, dtype=DTYPES[run.dtype],
+        parts=optim.accumulation, **exchange,
     )  # fmt: skip
-    found = Found(taking, out, source, bad, steps, run.max_bad_steps)
+    found = Found(taking, out, source, steps, run.max_bad_steps, bad)
     log = Log(out, config, device, step=step, total=total, flop=flop)
 
     if evaluation.due(step) and not (last and curve.has(step)):  # at the beginning, and after a stop at an epoch's end
@@ -226,23 +230,21 @@ def exchanges(model: nn.Module, trained: nn.Module, parts: int) -> Callable:
     return synchronise
 
 
+@dataclass
 class Found:
-    """What steps have found. Of a recorded step the host reads it one step late.
+    """What steps have found. Of a recorded step the host reads it one step late."""
 
-    Attributes: `losses` and `norm` of the last step that was read, `taken` the losses of an epoch's steps, `bad` how
-    many steps in a row were not finite, `stopping` whether a signal ends the run.
-    """
-
-    def __init__(self, taking: Step, out: Path, source: Source, bad: int, steps: int, max_bad: int):
-        self.taking, self.out, self.source, self.bad, self.steps, self.max_bad = (
-            taking,
-            out,
-            source,
-            bad,
-            steps,
-            max_bad,
-        )
-        self.pending, self.taken, self.losses, self.norm, self.stopping = deque(), [], {}, 0.0, False
+    taking: Step
+    out: Path
+    source: Source
+    steps: int  # of an epoch
+    max_bad: int
+    bad: int  # steps in a row that were not finite
+    pending: deque = field(default_factory=deque)
+    taken: list[list[float]] = field(default_factory=list)  # losses of an epoch's steps
+    losses: dict[str, float] = field(default_factory=dict)  # of the last step that was read
+    norm: float = 0.0
+    stopping: bool = False  # a signal ends the run
 
     def later(self, step: int, clips: list[int], read: Callable[[], list[float]]) -> None:
         self.pending.append((step, clips, read))
@@ -272,17 +274,17 @@ class Found:
         return ", ".join(f"{name} {mean:.4f}" for name, mean in zip(self.taking.names, means, strict=True))
 
 
+@dataclass
 class Evaluation:
-    """Evaluates the model on the way, every `eval_epochs` and at the end, if the settings want it."""
+    """Evaluates the model on the way, every `eval_epochs` and at the end, if there is a loader."""
 
-    def __init__(
-        self, task: Task, model: nn.Module, curve: Curve, batch: int, steps: int, dtype: torch.dtype, place: dict, *,
-        compiled: bool | None, sharded: bool,
-    ):  # fmt: skip
-        self.task, self.model, self.curve, self.steps, self.dtype = task, model, curve, steps, dtype
-        self.compiled, self.sharded = compiled, sharded
-        wanted = task.config.data.eval_clips
-        self.loader = task.loader(task.open_evaluation(), batch, train=False, **place) if wanted else None
+    task: Task
+    model: nn.Module
+    loader: ClipLoader | None
+    curve: Curve
+    steps: int  # of an epoch
+    compiled: bool | None
+    sharded: bool
 
     def due(self, step: int) -> bool:
         (epoch, rest), config = divmod(step, self.steps), self.task.config
@@ -294,7 +296,7 @@ class Evaluation:
         copy, loader, out = whole(self.model, self.task, self.sharded), self.loader, self.curve.out / "pictures"
         training, compiled = copy.training, copy.encoder.compiled
         copy.eval().encoder.compiled = self.compiled
-        found = self.task.evaluate(copy, loader, self.dtype).summary
+        found = self.task.evaluate(copy, loader, DTYPES[self.task.config.run.dtype]).summary
         if not distributed.rank():
             self.curve.add(step, step / self.steps, found)
             out.mkdir(parents=True, exist_ok=True)
@@ -309,11 +311,6 @@ def recompute_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, blocks):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-
-def distributed_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """DDP: gradients are averaged over the processes."""
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 def shard(model: nn.Module) -> None:

@@ -62,8 +62,7 @@ def test_onnx_at_the_papers_size(block, tmp_path):
     check_onnx(tmp_path, block(768, 12).eval(), SHAPES, *batches)
 
 
-# Compiles C++, a quarter of a minute.
-@pytest.mark.long
+@pytest.mark.slow  # compiles C++
 def test_aot_inductor_runs_the_exported_program(tmp_path):
     model = DenseFusion(64, 4).eval()
     program = torch.export.export(model, tokens(2, 16, 13, 7), dynamic_shapes=SHAPES)

@@ -38,7 +38,9 @@ def test_export_with_a_dynamic_batch_and_dynamic_patches(fusion):
     check(program.module(), model, batch(3, image=30, audio=40))
 
 
-@pytest.mark.parametrize("fusion", ["dense", "factorized"])
-@pytest.mark.parametrize("depth", [1, pytest.param(12, marks=pytest.mark.slow)])
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("dense", 1), ("dense", 12), ("factorized", 12))]
+
+
+@pytest.mark.parametrize(("fusion", "depth"), [("factorized", 1), *SLOW])
 def test_onnx_at_the_papers_size(fusion, depth, tmp_path):
     check_onnx(tmp_path, build(fusion, depth=depth), ({0: B}, {0: B}), batch(2), batch(3))
