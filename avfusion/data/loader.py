@@ -97,6 +97,15 @@ def collate(source: Source, attempts: list[Attempt]) -> tuple[Batch | None, list
     return batch, errors, tried
 
 
+def check_failures(failed: int, tried: int, total: int, max_failed: float, last: list[ClipError], where: str) -> None:
+    """Raises RuntimeError when too many clips have failed."""
+    if failed > max_failed * max(tried, min(FLOOR, total)):
+        latest = "".join(f"the last is {error}; " for error in last)
+        raise RuntimeError(
+            f"{failed} of {tried} clips have failed, more than max_failed={max_failed:.0%}; {latest}{where}"
+        )
+
+
 def multi_label(source: Source) -> bool:
     """Whether clips may have several labels."""
     return any(row.labels for row in source.rows)
@@ -221,12 +230,8 @@ class ClipLoader:
             )
             with open(self.report, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(fact) + "\n" for fact in facts)
-        if self.failed > self.max_failed * max(self.tried, min(FLOOR, len(self.source.rows))):
-            raise RuntimeError(
-                f"{self.failed} of {self.tried} clips have failed, more than max_failed={self.max_failed:.0%}; "
-                + (f"the last is {errors[-1]}; " if errors else "")
-                + (f"all are in {self.report}" if self.report else "`failures` lists them")
-            )
+        where = f"all are in {self.report}" if self.report else "`failures` lists them"
+        check_failures(self.failed, self.tried, len(self.source.rows), self.max_failed, errors[-1:], where)
 
     def state_dict(self) -> dict:
         """Where the run stands, as JSON can hold it. It is the same on all ranks, but for the counts of failures."""

@@ -25,11 +25,10 @@ import soundfile
 from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from webdataset import TarWriter
 
-from avfusion.common import write_json, write_text, writing
-from avfusion.data.loader import FLOOR
+from avfusion.common import Progress, write_json, write_text, writing
+from avfusion.data.loader import check_failures
 from avfusion.data.sampler import order
 from avfusion.data.table import LayoutError, Row, Table, check_split, read_whole_row
 from avfusion.media.clip import Clip, ClipError
@@ -127,22 +126,19 @@ def pack(
     )  # batch_size None: one clip after the other, in the order of the sampler
 
     tried, errors = 0, []
-    with tqdm(total=len(clips), unit="clip", initial=len(clips) - len(todo), disable=not progress) as bar:
+    with Progress(len(clips), "clip", initial=len(clips) - len(todo), show=progress) as shown:
         for number, part in enumerate(parts):
             if done[number]:
                 failed = [ClipError(*args) for args in done[number]["failed"]]
             else:
                 failed = []
-                samples = _encoded(table, part, islice(encoded, len(part)), failed, bar)
+                samples = _encoded(table, part, islice(encoded, len(part)), failed, shown)
                 _write(out / f"{number:05d}.tar", samples, made, failed)
             tried, errors = tried + len(part), errors + failed
             lines = (json.dumps({"path": e.path, "stream": e.stream, "reason": e.reason}) + "\n" for e in errors)
             write_text(out / "failed.jsonl", "".join(lines))
-            if len(errors) > max_failed * max(tried, min(FLOOR, len(clips))):
-                raise RuntimeError(
-                    f"{len(errors)} of {tried} clips have failed, more than max_failed={max_failed:.0%}; the last is "
-                    f"{errors[-1]}; all are in {out / 'failed.jsonl'}"
-                )
+            where = f"all are in {out / 'failed.jsonl'}"
+            check_failures(len(errors), tried, len(clips), max_failed, errors[-1:], where)
     shards = [_finished(out / f"{number:05d}.json", made) for number in range(len(parts))]
     index = made | {
         "layout": table.layout,
@@ -161,10 +157,12 @@ def pack(
     return errors
 
 
-def _encoded(table: Table, part: list[int], encoded: Iterator, failed: list[ClipError], bar: tqdm) -> Iterator[dict]:
+def _encoded(
+    table: Table, part: list[int], encoded: Iterator, failed: list[ClipError], shown: Progress
+) -> Iterator[dict]:
     """WebDataset samples of one shard; failures are appended to `failed`."""
     for index, result in zip(part, encoded, strict=True):
-        bar.update()
+        shown.update(shown.done + 1)
         if isinstance(result, ClipError):
             failed.append(result)
             continue

@@ -1,5 +1,6 @@
 """What a run tells while it goes: TensorBoard or Weights & Biases, and the terminal."""
 
+import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=step)
+            self.tensorboard.add_text("settings", f"`{json.dumps(config.flat())}`", step)
         elif main and config.run.tracker == "wandb":
             import wandb
 

@@ -23,7 +23,7 @@ from avfusion.synth.scene import Settings, draw_scene
 from avfusion.synth.timbres import TIMBRES
 
 
-def simple_features(settings, count, frames=4):
+def simple_features(settings, count, frames=3):
     """Histograms of hue and of edge directions; means and deviations of mel bands; labels. Each [count, ...]."""
     times, mel = (np.arange(frames) + 0.5) / frames * settings.seconds, LogMel(n_mels=40)
     seen, heard, labels = [], [], []
@@ -58,7 +58,7 @@ def product(seen, heard, train):
 # Fifteen hundred scenes are drawn: fewer could not tell 0.25 from a little more.
 def test_only_the_pair_tells_the_label_of_the_conjunction_task():
     """Chance is 0.25; three standard deviations of it on 400 clips are 0.065."""
-    small = Settings(classes=4, size=64, seconds=2.0)
+    small = Settings(classes=4, size=48, seconds=1.5)
     train, count = 800, 1200
     seen, heard, labels = simple_features(replace(small, task="conjunction"), count)
     both = np.concatenate([seen, heard], 1)
