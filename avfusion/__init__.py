@@ -7,7 +7,6 @@ What this package adds to the kernels (timm, torchaudio, PyAV, ...) is the extra
 """
 
 import importlib
-from importlib.metadata import version
 from importlib.util import find_spec
 
 # The public names and where they live: loaded on first use, so that `avfusion --help` is instant, and the model alone
@@ -46,7 +45,9 @@ def _missing() -> str | None:
 
 def __getattr__(name):
     if name == "__version__":
-        return version("avfusion")
+        return importlib.import_module("importlib.metadata").version("avfusion")
+    if name == "data":
+        return importlib.import_module("avfusion.data")
     if name not in _NAMES:
         raise AttributeError(f"module 'avfusion' has no attribute {name!r}")
     try:
