@@ -38,13 +38,18 @@ def write_json(path: str | os.PathLike, content: Any, **options) -> None:
     write_text(path, json.dumps(content, **options) + "\n")
 
 
+def meant(name: object, options: Iterable[str]) -> str:
+    """Which of the options may be meant, as a question; nothing where none is like it."""
+    part = [option for option in options if str(name) and str(name) in option]
+    close = difflib.get_close_matches(str(name), options, 1) or part
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def unknown(what: str, name: object, options: Iterable[str]) -> str:
     """What to say of a name that is none of the options."""
     options = list(map(str, options))
-    part = [option for option in options if str(name) and str(name) in option]
-    close = difflib.get_close_matches(str(name), options, 1) or part
-    meant = f"; did you mean {close[0]}?" if close else ""
-    return f"{what}={name!r}: expected {'one of ' if len(options) > 1 else ''}{', '.join(options)}{meant}"
+    some = f"one of {', '.join(options)}" if len(options) > 1 else "".join(options)
+    return f"{what}={name!r}: expected {some}{meant(name, options)}"
 
 
 def setting(default: Any, text: str, **metadata) -> Any:

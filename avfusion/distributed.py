@@ -9,16 +9,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def start(device: str | torch.device | None = None) -> torch.device:
-    """Joins the processes that the environment names (RANK, WORLD_SIZE, LOCAL_RANK), and returns this one's device.
-
-    `device` None or "auto" takes a GPU where there is one: of several processes on a machine each takes its own.
-    """
+def own_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this name. None and "auto" take a GPU where there is one; of several processes each its own."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device in (None, "auto") else str(device)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def start(device: str | torch.device | None = None) -> torch.device:
+    """Joins the processes that the environment names (RANK, WORLD_SIZE), and returns this one's device."""
+    device, several = own_device(device), int(os.environ.get("WORLD_SIZE", 1)) > 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avfusion.common import unknown
+from avfusion.common import meant, unknown
 
 if TYPE_CHECKING:  # imported where they are needed: `--help` loads nothing heavy
     import torch
@@ -24,8 +24,7 @@ class Parser(argparse.ArgumentParser):
             leaf = getattr(found, "parser", self)
             wrong = next((word for word in rest if word.startswith("-")), None)
             options = [name for name in leaf._option_string_actions if name.startswith("--")]
-            meant = unknown("option", wrong.split("=")[0], options).rpartition("; ")[2] if wrong else ""
-            hint = f"; {meant}" if meant.startswith("did you mean") else ""
+            hint = meant(wrong.split("=")[0], options) if wrong else ""
             leaf.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return found
 
@@ -74,13 +73,14 @@ def machine(args: argparse.Namespace) -> "torch.device":
     """Sets the number of threads and returns the device; a usage error where there is none of that name."""
     import torch
 
+    from avfusion.distributed import own_device
+
     if args.threads:
         torch.set_num_threads(args.threads)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=own_device(args.device)).device
     except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for missing devices
-        args.parser.error(f"--device {name}: {str(error).splitlines()[0]}")
+        args.parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
 
 
 def dtype_of(args: argparse.Namespace) -> "torch.dtype":

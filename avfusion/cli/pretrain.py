@@ -1,7 +1,6 @@
 """`avfusion pretrain`: pre-train an encoder. What every command that trains has in common is here, too."""
 
 import argparse
-import os
 import signal
 from pathlib import Path
 
@@ -88,7 +87,6 @@ def train(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.parser.error(str(error))
     out = args.out or Path(args.folder.replace("PRESET", args.preset))
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # each process takes a device of its own then
-    done = loop.train(cls(config), out, resume=args.resume, device=device.type if several else device)
+    done = loop.train(cls(config), out, resume=args.resume, device=device)
     distributed.stop()
     return 0 if done else 128 + (loop.STOP.received or signal.SIGTERM)
