@@ -29,7 +29,7 @@ def program(tmp_path_factory):
         pytest.skip(f"{compiler} has no sanitizers here")
 
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", folder / "temp", "--build-lib", folder]
-    flags = {"CXX": compiler, "CXXFLAGS": " ".join(["-Og -g1", *SANITIZE]), "AVF_REQUIRE_NATIVE": "1", "AVF_CUDA": "0"}
+    flags = {"CXX": compiler, "CXXFLAGS": " ".join(["-O0 -g1", *SANITIZE]), "AVF_REQUIRE_NATIVE": "1", "AVF_CUDA": "0"}
     done = subprocess.run(build, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     library, program = folder / "avfkernels" / "libavfkernels.so", folder / "sanitize"
