@@ -18,6 +18,7 @@ from avfusion.synth.scene import Settings
 from avfusion.tasks import DOWNSTREAM, task_class
 from avfusion.training import loop
 
+pytestmark = pytest.mark.long
 TINY = (
     "--dim 32 --depth 1 --num-heads 2 --image-size 32 32 --audio-size 32 64 --fusion-tokens 2 --image-agg-tokens 2 "
     "--audio-agg-tokens 2 --decoder-dim 16 --decoder-depth 1 --decoder-num-heads 2 --synth-clips 0 --workers 0 "

@@ -22,6 +22,8 @@ from avfusion.synth.render import boxes, render_frames, render_sources
 from avfusion.synth.scene import Settings, draw_scene
 from avfusion.synth.timbres import TIMBRES
 
+pytestmark = pytest.mark.long
+
 
 def simple_features(settings, count, frames=3):
     """Histograms of hue and of edge directions; means and deviations of mel bands; labels. Each [count, ...]."""
