@@ -19,9 +19,8 @@ COMMANDS = {
     "shard": "pack a data set for fast reading",
     "browse": "look at a data set",
     "report": "what trained models make of your clips, as pages",
-    "pretrain": "pre-train an encoder",
     "export": "write the encoder of a run as one file",
-} | {name: TASKS[name][2] for name in DOWNSTREAM}
+} | {name: does for name, (_, _, does) in TASKS.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

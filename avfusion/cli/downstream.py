@@ -4,17 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from avfusion.cli.options import (
-    RAW,
-    add_machine,
-    check_folder,
-    count,
-    dtype_of,
-    layout,
-    machine,
-    report_failed,
-    video_files,
-)
+from avfusion.cli import options
 from avfusion.cli.pretrain import add_training
 from avfusion.tasks import TASKS, task_class
 
@@ -30,7 +20,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     does, measures = TASKS[name][2], task_class(name).measures
     parser.description = f"{does[0].upper()}{does[1:]}. Measures {measures}."
-    parser.epilog, parser.formatter_class = EPILOG.format(name=name), RAW
+    parser.epilog, parser.formatter_class = EPILOG.format(name=name), options.RAW
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     add_training(actions.add_parser("train", help="train on a data set", description=does), name, f"runs/{name}-PRESET")
 
@@ -40,15 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         description="Writes RUN/eval/: summary.json, samples.csv, best.png, worst.png.",
     )
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
-    evaluate.add_argument("--eval-data", metavar="DATA", help="another data set, in the same layout")
-    evaluate.add_argument("--eval-split", metavar="SPLIT", help="another split of it; all: everything")
-    evaluate.add_argument("--layout", type=lambda text: text if text == "shards" else layout(text), metavar="LAYOUT",
-                          help="its layout, if that is another one")  # fmt: skip
-    evaluate.add_argument("--clips", type=count(1), default=10**9, metavar="N", help="at most so many (default: all)")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/eval")
-    evaluate.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                          help="torch.compile and CUDA graphs (default: on a GPU, from 200 clips on)")  # fmt: skip
-    add_machine(evaluate)
+    add = evaluate.add_argument
+    add("--eval-data", metavar="DATA", help="another data set, in the same layout")
+    add("--eval-split", metavar="SPLIT", help="another split of it; all: everything")
+    add("--layout", type=lambda text: text if text == "shards" else options.layout(text), metavar="LAYOUT",
+        help="its layout, if that is another one")  # fmt: skip
+    add("--clips", type=options.count(1), default=10**9, metavar="N", help="at most so many (default: all)")
+    add("--out", type=Path, metavar="DIR", help="default: RUN/eval")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile and CUDA graphs (default: on a GPU, from 200 clips on)")  # fmt: skip
+    options.add_machine(evaluate)
     evaluate.set_defaults(run=run_eval, parser=evaluate, task=name, stopped="Nothing is written; run it again.")
 
     predict = actions.add_parser(
@@ -60,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     predict.add_argument("clips", nargs="+", type=Path, metavar="CLIP", help="video files, or directories of them")
     predict.add_argument("--start", type=float, metavar="S", help="of the window in seconds (default: the middle)")
     predict.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: %(default)s")
-    add_machine(predict)
+    options.add_machine(predict)
     predict.set_defaults(run=run_predict, parser=predict, task=name,
                          stopped="What is listed above is written; name the other clips to go on.")  # fmt: skip
 
@@ -68,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def run_eval(args: argparse.Namespace) -> int:
     from avfusion.tasks.downstream import evaluate_run
 
-    device, out = machine(args), args.out or args.folder / "eval"
-    check_folder(args.parser, "--out", out)
+    device, out = options.machine(args), args.out or args.folder / "eval"
+    options.check_folder(args.parser, "--out", out)
     changes = {"eval_data": args.eval_data, "eval_split": args.eval_split, "layout": args.layout}
     changes = {name: value for name, value in changes.items() if value} | {"eval_clips": args.clips}
     changes |= {} if args.compile is None else {"compile": args.compile}
-    summary = evaluate_run(args.folder, args.task, out, device=device, dtype=dtype_of(args), **changes)
+    summary = evaluate_run(args.folder, args.task, out, device=device, dtype=options.dtype_of(args), **changes)
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:{width}}  {value:.4f}")
@@ -86,8 +77,8 @@ def run_predict(args: argparse.Namespace) -> int:
     from avfusion.media.reader import read_clip
     from avfusion.tasks.downstream import load_run, predict, write_prediction
 
-    paths, device, dtype = video_files(args), machine(args), dtype_of(args)
-    check_folder(args.parser, "--out", args.out)
+    paths, device, dtype = options.video_files(args), options.machine(args), options.dtype_of(args)
+    options.check_folder(args.parser, "--out", args.out)
     task, model = load_run(args.folder, args.task)
     model, failed = model.to(device), []
     for path in paths:
@@ -101,4 +92,4 @@ def run_predict(args: argparse.Namespace) -> int:
             print(file)
         short = {name: fact for name, fact in prediction.facts.items() if not isinstance(fact, list)}
         print(json.dumps({"clip": str(path)} | short))
-    return report_failed(failed, len(paths))
+    return options.report_failed(failed, len(paths))

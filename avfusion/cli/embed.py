@@ -5,17 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avfusion.cli.options import (
-    RAW,
-    add_machine,
-    check_folder,
-    count,
-    dtype_of,
-    free_name,
-    machine,
-    report_failed,
-    video_files,
-)
+from avfusion.cli import options
 from avfusion.common import Progress
 
 if TYPE_CHECKING:
@@ -55,7 +45,7 @@ is written, the other clips are listed beside it)
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.description, parser.epilog, parser.formatter_class = DESCRIPTION, EPILOG, RAW
+    parser.description, parser.epilog, parser.formatter_class = DESCRIPTION, EPILOG, options.RAW
     add = parser.add_argument
     add("clips", nargs="+", type=Path, metavar="CLIP",
         help="video file, or directory to search for them; @FILE: a file that lists them, one a line")  # fmt: skip
@@ -63,19 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--out", type=Path, default="features.safetensors", metavar="FILE", help="default: %(default)s")
     add("--plot", nargs="?", type=Path, const=True, metavar="DIR",
         help="draw clips and the fusion tokens' attention too (default DIR: <out stem>_plots by --out)")  # fmt: skip
-    add("--batch-size", type=count(1), default=8, metavar="N", help="clips at a time (default: %(default)s)")
-    add("--workers", type=count(0), default=0, metavar="N", help="processes that decode ahead (default: %(default)s)")
+    add("--batch-size", type=options.count(1), default=8, metavar="N", help="clips at a time (default: %(default)s)")
+    add("--workers", type=options.count(0), default=0, metavar="N",
+        help="processes that decode ahead (default: %(default)s)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile and CUDA graphs (default: on a GPU, once 200 clips have been seen)")  # fmt: skip
     add("--fusion", choices=["factorized", "dense", "token", "none"],
         help="only without --checkpoint: the kind of fusion (default: factorized)")  # fmt: skip
     add("--seed", type=int, help="only without --checkpoint: seed of the random weights (default: 0)")
-    add_machine(parser)
+    options.add_machine(parser)
     parser.set_defaults(run=run, parser=parser, stopped="No batch of clips was done: nothing is written.")
 
 
 def run(args: argparse.Namespace) -> int:
-    paths, parser = video_files(args), args.parser
+    paths, parser = options.video_files(args), args.parser
     if args.checkpoint and (args.fusion or args.seed is not None):
         parser.error("--fusion and --seed describe random weights: leave them out, the checkpoint decides")
     plots = args.out.with_name(f"{args.out.stem}_plots") if args.plot is True else args.plot
@@ -84,15 +75,15 @@ def run(args: argparse.Namespace) -> int:
     if args.out.is_dir() or args.out.suffix != ".safetensors":
         what = "a directory, " if args.out.is_dir() else ""
         parser.error(f"--out {args.out}: {what}expected the name of a file in .safetensors, the format that is written")
-    check_folder(parser, "--out", args.out.parent)
+    options.check_folder(parser, "--out", args.out.parent)
     if plots:
-        check_folder(parser, "--plot", plots)
-    model, dtype = load(args, machine(args)), dtype_of(args)
+        options.check_folder(parser, "--plot", plots)
+    model, dtype = load(args, options.machine(args)), options.dtype_of(args)
 
     from avfusion.embedding.embed import embed_clips
 
-    options = {"batch_size": args.batch_size, "num_workers": args.workers, "compile": args.compile, "dtype": dtype}
-    features = embed_clips(model, paths, progress=True, **options)
+    how = {"batch_size": args.batch_size, "num_workers": args.workers, "compile": args.compile, "dtype": dtype}
+    features = embed_clips(model, paths, progress=True, **how)
     features.checkpoint = args.checkpoint
     if features.clips:
         features.save(args.out)
@@ -103,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{plots}: {len(features.clips)} pictures")
     else:
         print(f"no clip could be read: {args.out} is not written", file=sys.stderr)
-    status = report_failed(features.failed, len(paths))
+    status = options.report_failed(features.failed, len(paths))
     if features.left:
         rest = args.out.with_suffix(".left.txt")
         rest.write_text("".join(f"{path}\n" for path in features.left), encoding="utf-8")
@@ -151,6 +142,6 @@ def plot(model: "DeepAVFusion", features: "Features", directory: Path) -> None:
         audio, video = (attention[0] for attention in maps[layer]) if maps else (None, None)
         note = f"{weights}  ·  layer {layer}" if maps else f"{weights}  ·  no fusion layers"
 
-        name = free_name(Path(path).stem, taken)
+        name = options.free_name(Path(path).stem, taken)
         plot_clip(directory / f"{name}.png", clip, image, spectrogram[0], video, audio, note=note)
         shown.update(done)

@@ -3,16 +3,7 @@
 import argparse
 from pathlib import Path
 
-from avfusion.cli.options import (
-    add_machine,
-    check_folder,
-    count,
-    dtype_of,
-    free_name,
-    machine,
-    report_failed,
-    video_files,
-)
+from avfusion.cli import options
 
 RUNS = ("localize", "segment", "separate", "finetune", "probe")
 
@@ -29,19 +20,19 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         add(f"--{task}", type=Path, metavar="RUN", help=f"run of `avfusion {task} train`")
     add("--encoder", metavar="RUN|FILE", help="encoder to compare clips by; needs --collection")
     add("--collection", type=Path, metavar="FILE", help="clips to compare with: what `avfusion embed` wrote")
-    add("--neighbours", type=count(1), metavar="N", help="how many of them to show (default: 3)")
+    add("--neighbours", type=options.count(1), metavar="N", help="how many of them to show (default: 3)")
     add("--out", type=Path, default=Path("reports"), metavar="DIR", help="folder of the pages (default: %(default)s)")
-    add_machine(parser)
+    options.add_machine(parser)
     parser.set_defaults(run=run, parser=parser, stopped="The pages that are listed are whole.")
 
 
 def run(args: argparse.Namespace) -> int:
-    paths, device = video_files(args), machine(args)
+    paths, device = options.video_files(args), options.machine(args)
     if (args.encoder is None) != (args.collection is None):
         args.parser.error("neighbours need both: --encoder, and --collection that `avfusion embed` wrote with it")
     if args.neighbours and args.encoder is None:
         args.parser.error("--neighbours needs --encoder and --collection, to compare with")
-    check_folder(args.parser, "--out", args.out)
+    options.check_folder(args.parser, "--out", args.out)
 
     from avfusion.embedding.store import Features
     from avfusion.media.clip import ClipError
@@ -49,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from avfusion.tasks.downstream import encoder_file, load_run, predict
     from avfusion.viz.report import Comparison, Reporter
 
-    asked, dtype = {}, dtype_of(args)
+    asked, dtype = {}, options.dtype_of(args)
     for name in RUNS:
         if getattr(args, name):
             task, model = load_run(getattr(args, name), name)
@@ -64,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.collection}: {error} than {args.encoder}: embed the collection with it") from error
     reporter, failed, taken = Reporter(asked, comparison), [], set()
     for path in paths:
-        page = args.out / f"{free_name(path.stem, taken)}.html"
+        page = args.out / f"{options.free_name(path.stem, taken)}.html"
         try:
             reporter.write(path, page)
         except ClipError as error:
             failed.append(error)
         else:
             print(page)
-    return report_failed(failed, len(paths))
+    return options.report_failed(failed, len(paths))

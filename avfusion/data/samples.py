@@ -59,23 +59,19 @@ def one_label(row: Row) -> int | None:
 class Sample:
     """What one sample holds."""
 
-    index: int  # into the source's rows
     clip: Clip
     mask: np.ndarray | None = None  # of the clip's frame, [H, W] uint8: indices of classes
     other: Clip | None = None  # whose sound is added to the clip's
 
 
 class Windows(Dataset):
-    """A window of each clip of a source: `Sample(index, clip)`. `window` are arguments of `avfusion.read_clip`."""
+    """A window of each clip of a source, by its row. `window` are arguments of `avfusion.read_clip`."""
 
     def __init__(self, source: Source, **window):
         self.source, self.window = source, window
 
-    def __len__(self) -> int:
-        return len(self.source.rows)
-
     def __getitem__(self, index: int) -> Sample:
-        return Sample(index, self.source.read(index, **self.window))
+        return Sample(self.source.read(index, **self.window))
 
 
 class Masked(Dataset):

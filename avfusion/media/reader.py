@@ -69,6 +69,7 @@ def read_whole(
     path: str | os.PathLike,
     *,
     frame_rate: float,
+    max_frames: int | None = None,
     sample_rate: int = 16000,
     max_duration: float = 600.0,
     crop: bool = False,
@@ -77,8 +78,9 @@ def read_whole(
     """Decode the part of a video file that has picture and sound: its frames at a rate, and its sound.
 
     Returns pairs of a time and what `transform` makes of an upright RGB frame, the frame nearest to the middle of each
-    of `frame_rate` slots a second, and the mono waveform [1, samples]. Times are in seconds from the waveform's
-    beginning. Frames are transformed as they come: minutes of them do not fit into memory.
+    of `frame_rate` slots a second, or of `max_frames` slots if these are fewer, and the mono waveform [1, samples].
+    Times are in seconds from the waveform's beginning. Frames are transformed as they come: minutes of them do not fit
+    into memory.
 
     Of what is longer than `max_duration` seconds, `crop` takes the middle. Otherwise it raises `ClipError`, as for all
     that `read_clip` does.
@@ -96,6 +98,7 @@ def read_whole(
             raise ClipError(path, "file", f"too short: {0:.2f} s of picture and sound, needed are some s")
         if duration > max_duration:
             raise ClipError(path, "file", f"{duration:.0f} s long, more than {max_duration:.0f} s: cut it into clips")
+        frame_rate = min(frame_rate, max_frames / duration) if max_frames else frame_rate
         slots = 1 if reader.still else max(1, int(duration * frame_rate))
         middles = [begin + min((slot + 0.5) / frame_rate, duration) for slot in range(slots)]
         frames = [(time - begin, image) for image, time in reader.frames(middles, transform)]

@@ -56,7 +56,6 @@ PRESETS = {
 class Pretrain(Task):
     name = "pretrain"
     settings = PretrainConfig
-    measures = "the loss, and how often the nearest neighbour of a clip has the same label"
     presets = PRESETS
 
     def __init__(self, config: PretrainConfig):

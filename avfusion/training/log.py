@@ -66,9 +66,10 @@ class Log:
 
     def close(self) -> None:
         self.progress.__exit__()
-        for tracker, end in ((self.tensorboard, "close"), (self.wandb, "finish")):
-            if tracker:
-                getattr(tracker, end)()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def check_tracker(config: TrainConfig) -> None:

@@ -126,6 +126,8 @@ def plot_curve(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
             style = {"color": "0.5", "linestyle": ":"} if "chance" in name else {"marker": "o", "markersize": 3}
             panel.plot(epochs, [row.get(name, math.nan) for row in rows], label=name, **style)
         panel.set(xlabel="epoch", ylabel=kind, yscale="log" if kind == "rank" else "linear")
+        if kind == "dB":  # a mixture as it is has no artefacts: its SAR of 140 would flatten the rest
+            panel.set_ylim(top=min(panel.get_ylim()[1], 50))
         panel.grid(alpha=0.3)
         columns = max(1, min(3, 80 // (max(map(len, names), default=0) + 8)))  # no wider than the panel
         panel.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
@@ -242,7 +244,7 @@ def _heat(panel: Axes, attention: Tensor, extent: tuple, origin: str, scale: Ten
 
 def _bare(panel: Axes, title: str = "") -> None:
     panel.set(xticks=[], yticks=[])
-    panel.set_title(title, fontsize=10)
+    panel.set_title(title, fontsize=10, parse_math=False)
 
 
 def _time_and_pitch(panel: Axes, shape: tuple[int, int], clip: Clip) -> None:

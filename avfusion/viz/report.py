@@ -4,7 +4,6 @@ Cards show, as far as models are given: the clip and its likely classes; where i
 the sound of the picture and the rest; and the clips of a collection that are most like it, by an encoder's features.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,9 +83,15 @@ class Reporter:
 
     def _overview(self, path: Path) -> Card:
         frames, waveform = read_whole(
-            path, frame_rate=8, sample_rate=RATE, max_duration=LONGEST, crop=True, transform=thumbnail
+            path,
+            frame_rate=8,
+            max_frames=FRAMES,
+            sample_rate=RATE,
+            max_duration=LONGEST,
+            crop=True,
+            transform=thumbnail,
         )
-        frames, said = frames[:: math.ceil(len(frames) / FRAMES)], []
+        said = []
         for name in ("finetune", "probe"):
             if name in self.asked:
                 window, ask = self.asked[name]

@@ -35,17 +35,21 @@ def masks(config=SMALL, B=2, image=5, audio=2, seed=1):
     return [torch.rand(B, n, generator=g).argsort(1)[:, :kept] for n, kept in sizes]
 
 
-def golden_encoder(kind):
-    with safe_open(GOLDEN / f"encoder_{kind}.safetensors", "pt") as file:
-        arguments, golden = file.metadata(), {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
+def golden_config(kind, arguments):
+    """What the authors' arguments, the metadata of a golden file, are here."""
     tokens, image_agg, audio_agg = json.loads(arguments["fusion_tkns"])
-    config = EncoderConfig(
+    return EncoderConfig(
         dim=int(arguments["dim"]), depth=int(arguments["depth"]), num_heads=int(arguments["num_heads"]),
         image_size=json.loads(arguments["image_size"]), audio_size=json.loads(arguments["audio_size"]),
         fusion=kind, fusion_tokens=tokens, image_agg_tokens=image_agg or 8, audio_agg_tokens=audio_agg or 8,
         fusion_mlp_ratio=float(arguments["fusion_mlp_ratio"]), fusion_attn_ratio=float(arguments["fusion_attn_ratio"]),
     )  # fmt: skip
-    model = DeepAVFusion(config).double()
+
+
+def golden_encoder(kind):
+    with safe_open(GOLDEN / f"encoder_{kind}.safetensors", "pt") as file:
+        arguments, golden = file.metadata(), {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
+    model = DeepAVFusion(golden_config(kind, arguments)).double()
     prefix = "param.encoder."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)})
     return model, golden

@@ -1,6 +1,5 @@
 """AVMAE: the authors' numbers, each saving against the plain formula, masks, errors."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from oracle import assert_accurate
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import golden_config
 
 import avfkernels
 from avfusion import AVMAE, DeepAVFusion, EncoderConfig
@@ -41,16 +41,9 @@ def golden_mae(kind):
         arguments = file.metadata()
     tensors = load_file(GOLDEN / f"encoder_{kind}.safetensors") | load_file(GOLDEN / f"avmae_{kind}.safetensors")
     golden = {key: value.double() for key, value in tensors.items()}
-    tokens, image_agg, audio_agg = json.loads(arguments["fusion_tkns"])
-    config = EncoderConfig(
-        dim=int(arguments["dim"]), depth=int(arguments["depth"]), num_heads=int(arguments["num_heads"]),
-        image_size=json.loads(arguments["image_size"]), audio_size=json.loads(arguments["audio_size"]),
-        fusion=kind, fusion_tokens=tokens, image_agg_tokens=image_agg or 8, audio_agg_tokens=audio_agg or 8,
-        fusion_mlp_ratio=float(arguments["fusion_mlp_ratio"]), fusion_attn_ratio=float(arguments["fusion_attn_ratio"]),
-    )  # fmt: skip
     decoder = [int(arguments[f"decoder_{name}"]) for name in ("dim", "depth", "num_heads")]
     ratios = [float(arguments[f"{name}_mask_ratio"]) for name in ("image", "audio")]
-    model = AVMAE(DeepAVFusion(config), *decoder, *ratios).double()
+    model = AVMAE(DeepAVFusion(golden_config(kind, arguments)), *decoder, *ratios).double()
     model.load_state_dict({k.removeprefix("param."): v for k, v in golden.items() if k.startswith("param.")})
     return model, golden
 

@@ -32,7 +32,7 @@ ENCODER = EncoderConfig(
     dim=32, depth=4, num_heads=2, image_size=(64, 64), audio_size=(32, 64), fusion_tokens=2, image_agg_tokens=2,
     audio_agg_tokens=2,
 )  # fmt: skip
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 LAYOUTS = {"localize": "flickr-soundnet", "separate": "vggsound-music", "segment": "avsbench"}
 SUMMARY = {
     "probe": {"top-1", "chance"},
@@ -42,14 +42,6 @@ SUMMARY = {
     "separate": {"SDR", "SIR", "SAR", "SDR mixture", "SDR oracle", "SDR NMF", "SAR RPCA"},
     "segment": {"mIoU (benchmark)", "mIoU (release)", "foreground F (benchmark)", "foreground mIoU (benchmark) center"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

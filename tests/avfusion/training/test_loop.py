@@ -29,7 +29,7 @@ from avfusion.training.config import load_config
 from avfusion.training.optim import rise, set_rate
 from avfusion.training.run_folder import RunError, export, latest_checkpoint
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
 
 
@@ -47,15 +47,6 @@ def config(clips):
         fusion_tokens=2, image_agg_tokens=2, audio_agg_tokens=2, decoder_dim=16, decoder_depth=1, decoder_num_heads=2,
         epochs=3, batch_size=4, warmup_epochs=1, blr=0.1, eval_clips=0, log_steps=1, tracker="none", drop_path=0.2,
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that the tests start: sums depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

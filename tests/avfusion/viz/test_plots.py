@@ -50,3 +50,13 @@ def test_long_titles_are_not_clipped(drawn):
         assert box.x0 >= 0
         assert box.y1 <= figure.bbox.height
     assert "".join(figure.axes[0].get_title().split()) == "".join(title.split())
+
+
+def test_a_mixture_without_artefacts_does_not_flatten_the_rest(drawn):
+    plot_curve("any.png", [{"step": i, "epoch": float(i), "SDR": 3.0 * i, "SAR mixture": 140.0} for i in range(3)])
+    assert drawn[0].axes[0].get_ylim()[1] == 50
+
+
+def test_dollar_signs_in_titles_are_no_mathematics(drawn):
+    plot_clips("any.png", torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8), [r"is $\frac$ said $_$"])
+    FigureCanvasAgg(drawn[0]).draw()
