@@ -6,6 +6,7 @@ SIGTERM. Modules of commands are loaded when they are called for, and so is what
 
 import os
 import sys
+import warnings
 from importlib import import_module
 
 import avfusion
@@ -48,9 +49,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args) -> int:
-    prog = args.parser.prog
+    prog, shown = args.parser.prog, warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest, **options) -> None:
+        if category is not UserWarning:
+            shown(message, category, *rest, **options)
+        elif os.environ.get("RANK", "0") == "0":  # the first of several processes
+            print(f"{prog}: warning: {message}", file=sys.stderr)
+
     try:
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            return args.run(args)
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped by Ctrl-C. {args.stopped}", file=sys.stderr)
         return 130

@@ -10,9 +10,9 @@ from avfusion.cli.options import RAW, check_folder, count, layout
 DESCRIPTION = """\
 Pack a data set into WebDataset shards: tar files of JPEG frames, 16 kHz sound and labels, with an index.
 
-LAYOUT is vggsound, vggsound-music, vggsound-instruments, audioset, music, avsbench, flickr-soundnet, vggss, or folder
-for any directory of videos. Clips that are missing are counted; clips that cannot be read are left out and listed in
-OUT/failed.jsonl.
+LAYOUT is vggsound, vggsound-music, vggsound-instruments, vggss, audioset, music, music-solo, music21, avsbench,
+flickr-soundnet, stills (frames/ and audio/ with a list), or folder for any directory of videos. Clips that are missing
+are counted; clips that cannot be read are left out and listed in OUT/failed.jsonl.
 """
 
 EPILOG = """\
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("root", type=Path, metavar="ROOT", help="its folder")
     add("out", type=Path, metavar="OUT", help="folder of the shards")
     add("--split", metavar="NAME", help="only this split, such as train (default: all)")
+    add("--label-order", choices=["names", "folders"], default="names",
+        help="number classes by their names, or as the release does, by its folders (default: names)")  # fmt: skip
     add("--frame-rate", type=float, default=4.0, metavar="HZ", help="frames a second to keep (default: %(default)s)")
     add("--size", type=int, default=256, metavar="PIXELS", help="short side of the frames (default: %(default)s)")
     add("--quality", type=int, default=90, metavar="Q", help="of the JPEG files, to 95 (default: %(default)s)")
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def run(args: argparse.Namespace) -> int:
     from avfusion.data import pack, read
 
-    table = read(args.layout, args.root, args.split)
+    table = read(args.layout, args.root, args.split, label_order=args.label_order)
     print(table)
     check_folder(args.parser, "OUT", args.out)
     failed = pack(

@@ -22,7 +22,7 @@ _NAMES = {
     "clips": "samples",
     "pack": "shards",
     "read": "layouts",
-    "semantic_masks": "layouts",
+    "semantic_masks": "pictures",
 }
 
 __all__ = sorted(_NAMES)

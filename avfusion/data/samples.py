@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from avfusion.data.layouts import read_mask
+from avfusion.data.pictures import read_mask
 from avfusion.data.table import Row
 from avfusion.media.clip import Clip
 from avfusion.media.reader import read_clip
@@ -75,13 +75,20 @@ class Windows(Dataset):
 
 
 class Masked(Dataset):
-    """Samples with the masks of their frames: those of rows whose `extra["mask"]` names a file."""
+    """Samples with the masks of their frames: those of rows whose `extra["mask"]` names a file.
 
-    def __init__(self, windows: Windows):
-        self.windows, self.source = windows, windows.source
+    `listed`: pixels of classes that the clip's own list, `extra["listed"]`, does not name are background.
+    """
+
+    def __init__(self, windows: Windows, *, listed: bool = False):
+        self.windows, self.source, self.listed = windows, windows.source, listed
 
     def __getitem__(self, index: int) -> Sample:
-        return replace(self.windows[index], mask=read_mask(self.source.rows[index].extra["mask"]))
+        extra = self.source.rows[index].extra
+        mask = read_mask(extra["mask"])
+        if self.listed:
+            mask = np.where(np.isin(mask, extra["listed"]), mask, 0)
+        return replace(self.windows[index], mask=mask)
 
 
 class Mixed(Dataset):

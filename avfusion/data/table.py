@@ -3,8 +3,12 @@
 import csv
 import hashlib
 import json
+import math
 import os
+import re
+import warnings
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,6 +21,8 @@ from avfusion.common import unknown
 from avfusion.media.clip import Clip
 from avfusion.media.reader import read_clip, read_whole
 from avfusion.media.stills import read_stills, read_whole_stills
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in fractions of the picture's width and height
 
 VIDEO_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm")
 
@@ -68,6 +74,16 @@ class Table:
             f"({len(self.missing):,} missing), {len(self.classes)} classes, sha256 {self.sha256}"
         )
 
+    def in_order_of_folders(self) -> "Table":
+        """The same with classes numbered as the DeepAVFusion release numbers them: in the order of `folder_name`."""
+        classes = tuple(sorted(self.classes, key=folder_name))
+        new = {old: classes.index(name) for old, name in enumerate(self.classes)}
+        rows = [
+            replace(row, label=new.get(row.label), labels=tuple(new[label] for label in row.labels))
+            for row in self.rows
+        ]
+        return replace(self, rows=tuple(rows), classes=classes)
+
     def where(self, wanted: Callable[[Row], bool]) -> "Table":
         """The table of the rows that `wanted` is true for."""
         return replace(self, rows=tuple(filter(wanted, self.rows)), missing=())
@@ -89,20 +105,62 @@ def read_whole_row(row: Row, *, frame_rate: float, sample_rate: int, transform: 
     return read_whole_stills(row.path, row.audio, sample_rate=sample_rate, transform=transform)
 
 
+class Found:
+    """What a list of clips comes to: rows of those that are there, and the ids of those that are not."""
+
+    def __init__(self):
+        self.rows: list[Row] = []
+        self.missing: list[str] = []
+        self.listed, self.lacking = Counter(), Counter()  # clips by the name of their class
+
+    def add(self, key: str, path: Path | None, of: str | None = None, **facts) -> None:
+        """A clip of the list, of the class `of`; `path` is None where it is not there, `facts` are of its row."""
+        self.listed[of] += 1
+        if path is None:
+            self.missing.append(key)
+            self.lacking[of] += 1
+        else:
+            self.rows.append(Row(key, path, **facts))
+
+    def table(self, layout: str, root: Path, classes: Iterable[str] = ()) -> Table:
+        """Warns, and names the classes, where some clips are there and more than 1 % are not."""
+        lost, listed = len(self.missing), self.listed.total()
+        if self.rows and lost > 0.01 * listed:
+            ranked = sorted(
+                self.lacking, key=lambda name: (self.lacking[name] < self.listed[name], -self.lacking[name])
+            )
+            told = [f"{self.lacking[name]} of {self.listed[name]} of {name!r}" for name in ranked if name is not None]
+            more = f", ... ({len(told)} classes)" if len(told) > NAMED else ""
+            warnings.warn(
+                f"{root}: {lost:,} of {listed:,} clips of {layout} are not there ({lost / listed:.1%})"
+                + (f": {', '.join(told[:NAMED])}{more}" if told else f", for instance {self.missing[0]}"),
+                stacklevel=2,
+            )
+        return Table(layout, root, tuple(self.rows), tuple(classes), tuple(self.missing))
+
+
+NAMED = 12  # classes that a warning names
+
+
 def csv_rows(
-    path: Path, columns: str, *, header: bool = False, comment: str | None = None
+    path: Path, columns: str, *, header: bool = False, comment: str | None = None, loose: bool = False
 ) -> Iterator[tuple[str, list]]:
-    """ "file:line" and the fields of each row of a CSV file, which has exactly these columns."""
+    """ "file:line" and the fields of each row of a CSV file, which has exactly these columns.
+
+    `loose`: commas in the last column stand without quotes, as in some published lists.
+    """
     names = columns.split(",")
     if not path.is_file():
         raise LayoutError(f"{path}: no such file; expected the columns {columns}")
     with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, skipinitialspace=True, strict=True)
+        reader = csv.reader(file, skipinitialspace=not loose, strict=True)
         try:
             for fields in reader:
                 where = f"{path}:{reader.line_num}"
                 if not fields or (comment and fields[0].startswith(comment)):
                     continue
+                if loose and len(fields) > len(names):
+                    fields[len(names) - 1 :] = [",".join(fields[len(names) - 1 :])]
                 if len(fields) != len(names):
                     raise LayoutError(f"{where}: {len(fields)} fields, expected the {len(names)} columns {columns}")
                 if header:
@@ -113,6 +171,60 @@ def csv_rows(
                 yield where, fields
         except (csv.Error, UnicodeDecodeError) as error:
             raise LayoutError(f"{path}:{reader.line_num}: {error}") from error
+
+
+def first_file(folder: Path, *names: str) -> Path:
+    """The first of these files that is there; where none is, the first, for the message."""
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LayoutError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise LayoutError(f"{path}: no valid JSON: {error}") from error
+
+
+def clipped_box(corners: Any, where: str) -> tuple[Box, bool]:
+    """A box cut to the picture, as published evaluations cut it, and whether that changed it.
+
+    One that ends before it begins is left empty.
+    """
+    try:
+        corners = tuple(map(float, corners))
+        if len(corners) != 4 or any(map(math.isnan, corners)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise LayoutError(f"{where}: {corners!r} is no box of four numbers") from None
+    x0, y0, x1, y1 = (min(max(corner, 0.0), 1.0) for corner in corners)
+    box = (x0, y0, max(x0, x1), max(y0, y1))
+    return box, box != corners
+
+
+def warn_of_boxes(path: Path, cut: int) -> None:
+    if cut:
+        warnings.warn(f"{path}: {cut} box{'es reach' if cut > 1 else ' reaches'} out of the picture, cut to it, as "
+                      "published evaluations do", stacklevel=2)  # fmt: skip
+
+
+def folder_name(label: str) -> str:
+    """A class's name as the DeepAVFusion release spells its folder: space, parentheses and comma become _."""
+    return re.sub(r"[ (),]", "_", label)
+
+
+def spelling(name: str) -> str:
+    """What all published spellings of a class's name have in common."""
+    return re.sub(r"[ (),_+]+", "_", name).strip("_")
+
+
+def folders_by_spelling(parent: Path) -> dict[str, list[Path]]:
+    """The entries of a directory by the `spelling` of their names."""
+    found: dict[str, list[Path]] = {}
+    for name in _names(parent):
+        found.setdefault(spelling(name), []).append(parent / name)
+    return found
 
 
 def parse_seconds(text: str, where: str) -> int:
@@ -156,13 +268,18 @@ def _listing(folder: Path, modified: int) -> tuple[str, ...]:
     return tuple(sorted(os.listdir(folder)))
 
 
-def find_clips(folder: Path, prefix: str, *exact: str) -> list[str]:
-    """Names in a folder: the first of `exact` that is there, otherwise all that start with `prefix`, as .mp4."""
+def _names(folder: Path) -> tuple[str, ...]:
+    """What is in a folder, sorted; nothing where there is none."""
     # A listing a folder takes the place of a look-up a clip, of which large sets have millions.
     try:
-        names = _listing(folder, folder.stat().st_mtime_ns)
+        return _listing(folder, folder.stat().st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return ()
+
+
+def find_clips(folder: Path, prefix: str, *exact: str) -> list[str]:
+    """Names in a folder: the first of `exact` that is there, otherwise all that start with `prefix`, as .mp4."""
+    names = _names(folder)
     for name in exact:
         at = bisect_left(names, name)
         if at < len(names) and names[at] == name:

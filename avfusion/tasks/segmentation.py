@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from avfusion.common import setting
-from avfusion.data.layouts import mask_files
 from avfusion.data.loader import Batch, ClipLoader
+from avfusion.data.pictures import mask_files
 from avfusion.data.samples import Masked, Source
 from avfusion.data.table import Table
 from avfusion.media.clip import Clip

@@ -44,6 +44,8 @@ class DataSettings(Checked):
     path: str = setting("", "folder of the data set (layout shards: folder or https address of the shards)",
                         name="data")  # fmt: skip
     layout: str = setting("vggsound", "how it lies there: shards, or a layout of `avfusion shard --help`")
+    label_order: str = setting("names", "classes are numbered by their names, or as the release does, by its folders",
+                               choices=("names", "folders"))  # fmt: skip
     shard_cache: str = setting("", "folder that keeps shards which are fetched from an address")
     split: str = setting("train", "split to train on; all: everything")
     synth_clips: int = setting(0, "make so many synthetic clips in --data first, unless they are there", least=0)

@@ -121,8 +121,12 @@ class Task(ABC):
                              "evaluate on by --eval-data)") from error  # fmt: skip
 
     def _read(self, where: str, split: str) -> Source:
-        layout, cache = self.config.data.layout, self.config.data.shard_cache
+        config = self.config.data
+        layout, cache = config.layout, config.shard_cache
         if layout == "shards":
+            if config.label_order != "names":
+                raise ValueError(f"{where}: shards have the order that they were packed in: give --label-order to "
+                                 "`avfusion shard`")  # fmt: skip
             if "://" in where and not cache:
                 raise ValueError(f"{where}: shards at an address need --shard-cache, a folder that keeps what is "
                                  "fetched")  # fmt: skip
@@ -130,7 +134,7 @@ class Task(ABC):
         if layout == "vggsound" and not Path(where, "annotations").exists() and find_videos(Path(where)):
             distributed.say(f"{where}: no annotations/vggsound.csv: taken as a folder of videos, --layout folder")
             layout = "folder"
-        return data.read(layout, where, "all" if layout == "folder" else split)
+        return data.read(layout, where, "all" if layout == "folder" else split, label_order=config.label_order)
 
     def samples(self, source: Source, *, train: bool) -> Dataset:
         """What the model sees of the clips of a source: a composition of `avfusion.data.samples`."""

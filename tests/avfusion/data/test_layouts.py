@@ -12,6 +12,7 @@ from PIL import Image
 
 from avfusion import ClipError, data
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* are not there")  # in sets of two clips
 A, B, C = "aaaaaaaaaa1", "-b_bbbbbbb2", "ccccccccc_3"
 
 
@@ -163,7 +164,7 @@ def avsbench(write, tmp_path):
     rows = f"{A},{A}_0,0,0,cat,train,v1s\n{B},{B}_65,1,5,cat_dog,test,v2\n{C},{C}_0,0,0,dog,val,v1m\n"
     files = {"metadata.csv": header + rows, "label2idx.json": json.dumps({"background": 0, "dog": 2, "cat": 1})}
     for subset, uid in uids.items():
-        frames = data.layouts.AVSBENCH_FRAMES[subset]
+        frames = {"v1s": 5, "v2": 10}[subset]
         files |= {f"{subset}/{uid}/frames/{i}.jpg": picture(i) for i in range(frames)}
         masks = {i: np.full((6, 8), i % 3, "u1") for i in range(1 if subset == "v1s" else frames)}
         files |= {f"{subset}/{uid}/labels_semantic/{i}.png": mask for i, mask in masks.items()}
@@ -175,8 +176,8 @@ def test_avsbench(avsbench):
     table = data.read("avsbench", avsbench)
     assert table.classes == ("background", "cat", "dog")
     assert [(row.id, row.start, row.label, row.split, row.extra) for row in table.rows] == [
-        (f"v1s/{A}_0", 0, 1, "train", {"subset": "v1s", "a_obj": "cat"}),
-        (f"v2/{B}_65", 65, None, "test", {"subset": "v2", "a_obj": "cat_dog"}),
+        (f"v1s/{A}_0", 0, 1, "train", {"subset": "v1s", "a_obj": "cat", "listed": [1]}),
+        (f"v2/{B}_65", 65, None, "test", {"subset": "v2", "a_obj": "cat_dog", "listed": [1, 2]}),
     ]
     assert table.missing == (f"v1m/{C}_0",)
     first, second = map(data.semantic_masks, table.rows)
@@ -254,10 +255,12 @@ BAD = {
     "entry": ("vggss", VGGSOUND | {"annotations/vggss.json": '[{"file": "a_1"}]'}, "vggss.json: entry 0: expected"),
     "box": (
         "vggss",
-        VGGSOUND | {"annotations/vggss.json": '[{"file": "a_1", "class": "c", "bbox": [[0, 0, 2, 1]]}]'},
-        "vggss.json: entry 0: the box",
+        VGGSOUND | {"annotations/vggss.json": '[{"file": "a_1", "class": "c", "bbox": [[0, 0, NaN, 1]]}]'},
+        "vggss.json: entry 0: .* is no box of four numbers",
     ),
-    "index": ("avsbench", {"metadata.csv": AVS, "label2idx.json": '{"cat": 1}'}, "label2idx.json: expected"),
+    "index": ("avsbench", {"metadata.csv": AVS, "label2idx.json": '{"cat": 2}'}, "label2idx.json: expected"),
+    "two lists": ("stills", {"a_test.csv": "1\n", "b_test.txt": "1\n"}, "a_test.csv, b_test.txt: two lists of the"),
+    "music": ("music", {"anno/MUSIC_solo_videos.json": "[]"}, "MUSIC_solo_videos.json: expected an object"),
     "none there": ("vggsound", {LIST: f"{A},1,cat,train\n"}, f"none of the 1 clips of vggsound is there.*{A}_000001"),
     "empty folder": ("folder", {}, "none of the 0 clips"),
     # Paths that lead out of the data set.

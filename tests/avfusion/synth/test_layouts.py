@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from synthetic import SMALL, frames_of, masks_of, samples_of, sources_of, truths_of
 
-from avfusion.data import LAYOUTS
+from avfusion.data import LAYOUTS, read
 from avfusion.synth import layouts
 from avfusion.synth.looks import LOOKS
 from avfusion.synth.make import synthesize
@@ -35,8 +35,10 @@ def make(tmp_path):
     return make
 
 
-def test_every_layout_is_offered():
-    assert set(layouts.LAYOUTS) == set(LAYOUTS)
+def test_every_layout_is_offered(make):
+    others = {"music-solo": "music", "stills": "flickr-soundnet"}  # read the files of another
+    assert set(layouts.LAYOUTS) == set(LAYOUTS) - others.keys() - {"music21"}
+    assert all(read(other, make(layout)[0]).rows for other, layout in others.items())
     assert len(LOOKS) == len(TIMBRES)
 
 
