@@ -60,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         help="torch.compile and CUDA graphs (default: on a GPU, once 200 clips have been seen)")  # fmt: skip
     add("--fusion", choices=["factorized", "dense", "token", "none"],
         help="only without --checkpoint: the kind of fusion (default: factorized)")  # fmt: skip
+    add("--fusion-num-heads", type=options.count(1), metavar="N",
+        help="heads of the checkpoint's fusion blocks, where it does not tell them")  # fmt: skip
     add("--seed", type=int, help="only without --checkpoint: seed of the random weights (default: 0)")
     options.add_machine(parser)
     parser.set_defaults(run=run, parser=parser, stopped="No batch of clips was done: nothing is written.")
@@ -113,7 +115,8 @@ def load(args: argparse.Namespace, device: "torch.device") -> "DeepAVFusion":
     from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
 
     if args.checkpoint:
-        return load_encoder(args.checkpoint).to(device)
+        known = {"fusion_num_heads": args.fusion_num_heads} if args.fusion_num_heads else {}
+        return load_encoder(args.checkpoint, **known).to(device)
     print("WARNING: no --checkpoint: the weights are RANDOM and the features mean nothing", file=sys.stderr)
     torch.manual_seed(args.seed or 0)
     return DeepAVFusion(EncoderConfig(fusion=args.fusion or "factorized")).to(device)

@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
     """A file that is not the checkpoint it is taken for; the message names the file, the keys and the remedy."""
 
 
-def load_encoder(path: str | Path, config: EncoderConfig | None = None) -> DeepAVFusion:
+def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known) -> DeepAVFusion:
     """A `DeepAVFusion` with the weights of a checkpoint, on the CPU, in eval mode.
 
     Args:
@@ -40,8 +40,11 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None) -> DeepA
             encoder keys may carry the prefix `encoder.`. Its decoders are left out; any other key that is not the
             encoder's is named in a warning.
         config: the encoder's shape. By default it comes from the file: from what it says itself (safetensors, and
-            `avfusion export --format authors`), or from its keys and shapes
-            (heads 64 wide, square images, 128 mel bands, and 16 + 8 + 8 fusion tokens if factorized).
+            `avfusion export --format authors`), or from its keys and shapes, for square images and 128 mel bands.
+        known: what keys and shapes do not tell, by names of `EncoderConfig`: num_heads, fusion_num_heads, and, if
+            factorized, fusion_tokens, image_agg_tokens, audio_agg_tokens. Not given, heads of a ViT are 64 wide,
+            fusion blocks have the release's 12 heads, and its 8 + 8 tokens aggregate. At the released width, 768, and
+            with its 32 tokens that is certain; elsewhere a warning names what is assumed.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, or keys that are missing, extra or misshapen (all are listed).
@@ -55,7 +58,10 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None) -> DeepA
         state = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
     if config is None:
         try:
-            config = EncoderConfig(**json.loads(metadata["config"])) if "config" in metadata else _infer_config(state)
+            if "config" in metadata:
+                config = EncoderConfig(**json.loads(metadata["config"]) | known)
+            else:
+                config = _infer_config(state, known, path)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its keys do not tell the encoder's shape; pass config=: {error}") from error
     model = DeepAVFusion(config)
@@ -152,21 +158,27 @@ def _load_strictly(module: nn.Module, state: dict[str, Tensor], source: str | Pa
     module.load_state_dict(state)
 
 
-def _infer_config(state: dict[str, Tensor]) -> EncoderConfig:
-    """The config that a released checkpoint was made with, from its keys and shapes. Raises KeyError or ValueError."""
+def _infer_config(state: dict[str, Tensor], known: dict[str, int], path: Path) -> EncoderConfig:
+    """The config that a released checkpoint was made with, from its keys and shapes, and from what is known of it.
+
+    Raises KeyError or ValueError.
+    """
     dim, _, patch_size, _ = state["image.patch_embed.proj.weight"].shape
     depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"image\.blocks\.(\d+)\.", key)))
     side = round(state["image.pos_embed"].shape[1] ** 0.5)
     mel_rows = 128 // patch_size
     frames = state["audio.pos_embed"].shape[1] // mel_rows
-    if dim % 64:
-        raise ValueError(f"{dim} wide, which is not a multiple of 64: the number of heads is unknown")
+    if dim % 64 and "num_heads" not in known:
+        raise ValueError(f"{dim} wide, which is not a multiple of 64: the number of heads is unknown; give num_heads=")
     layers = sorted({int(match[1]) for key in state if (match := re.match(r"fusion_blocks\.(\d+)\.", key))})
-    tokens = state["fusion_tokens"].shape[1]
+    tokens, assumed = state["fusion_tokens"].shape[1], {}
+    if "num_heads" not in known and dim != 768:
+        assumed["num_heads"] = 16 if dim == 1280 else dim // 64  # ViT-S, B, L; ViT-H has 16 heads 80 wide
+    heads = known.get("num_heads", assumed.get("num_heads", 12))
     config = {
         "dim": dim,
         "depth": depth,
-        "num_heads": 16 if dim == 1280 else dim // 64,  # ViT-S, B, L; ViT-H has 16 heads 80 wide
+        "num_heads": heads,
         "mlp_ratio": state["image.blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "patch_size": patch_size,
         "image_size": (side * patch_size, side * patch_size),
@@ -178,11 +190,32 @@ def _infer_config(state: dict[str, Tensor]) -> EncoderConfig:
         block = f"fusion_blocks.{layers[0]}"
         config["fusion_layers"] = "all" if len(layers) == depth else "-".join(map(str, layers))
         config["fusion_mlp_ratio"] = state[f"{block}.mlp.fc1.weight"].shape[0] / dim
-        config["fusion_attn_ratio"] = state[f"{block}.attn.q.weight"].shape[0] / dim
+        queries = state[f"{block}.attn.q.weight"].shape[0]
+        config["fusion_attn_ratio"] = queries / dim
+        if "fusion_num_heads" not in known and dim != 768:
+            assumed["fusion_num_heads"] = heads if dim % 12 or queries % 12 else 12
         if f"{block}.attn.attn_v.q.weight" in state:
-            if tokens != 32:
-                raise ValueError(f"{tokens} fusion tokens split into fusion, image and audio tokens in an unknown way")
-            config |= {"fusion": "factorized", "fusion_tokens": 16}
+            config["fusion"] = "factorized"
+            config |= _split_tokens(tokens, known, assumed)
         else:
             config["fusion"] = "dense" if state[f"{block}.attn.kv.weight"].shape[1] == 2 * dim else "token"
+    if assumed:
+        told = ", ".join(f"{name}={value}" for name, value in assumed.items())
+        warnings.warn(f"{path}: neither keys nor shapes tell {told}: assumed, as the release would have it; give what "
+                      f"is right: load_encoder(..., {next(iter(assumed))}=...)", stacklevel=3)  # fmt: skip
+    config |= assumed | known
+    if config.get("fusion_num_heads") == config["num_heads"]:
+        config["fusion_num_heads"] = 0
     return EncoderConfig(**config)
+
+
+def _split_tokens(tokens: int, known: dict[str, int], assumed: dict[str, int]) -> dict[str, int]:
+    """Tokens of a factorized encoder: what attends, and what aggregates each modality. Raises ValueError."""
+    names = ("fusion_tokens", "image_agg_tokens", "audio_agg_tokens")
+    split = {name: known.get(name, 8) for name in names[1:]}
+    split["fusion_tokens"] = known.get("fusion_tokens", tokens - sum(split.values()))
+    if split["fusion_tokens"] < 1 or sum(split.values()) != tokens:
+        raise ValueError(f"{tokens} tokens are not {split}; give {', '.join(names)}")
+    if tokens != 32:
+        assumed |= {name: split[name] for name in names if name not in known}
+    return split

@@ -48,6 +48,7 @@ class EncoderConfig:
     audio_agg_tokens: int = setting(8, "factorized: tokens that aggregate the audio")
     fusion_attn_ratio: float = setting(0.25, "width of the fusion attention's queries and keys, as a share of dim")
     fusion_mlp_ratio: float = setting(1.0, "width of the fusion blocks' MLPs, as a share of dim")
+    fusion_num_heads: int = setting(0, "heads of the fusion blocks (default: num_heads)")
     interaction: str = setting("sum", "dense: how two tokens of a pair combine", choices=("sum", "product"))
     drop_path: float = setting(0.0, "stochastic depth of the encoder, the same in every block")
 
@@ -69,6 +70,12 @@ class EncoderConfig:
             raise ValueError(
                 f"EncoderConfig: dim = {self.dim} must be a multiple of num_heads = {self.num_heads} and 4"
             )
+        heads = self.heads_of_fusion
+        if heads < 1 or any(int(width) % heads for width in (self.dim, self.dim * self.fusion_attn_ratio)):
+            raise ValueError(
+                f"EncoderConfig: dim = {self.dim}, and fusion_attn_ratio = {self.fusion_attn_ratio} of it, must be a "
+                f"multiple of the {heads} heads of fusion (fusion_num_heads, or else num_heads)"
+            )
         for name in ("image_size", "audio_size"):
             size = getattr(self, name)
             if len(size) != 2 or any(side < self.patch_size or side % self.patch_size for side in size):
@@ -76,6 +83,11 @@ class EncoderConfig:
                     f"EncoderConfig: {name} = {size} must be two multiples of patch_size {self.patch_size}"
                 )
         self.layers_with_fusion  # noqa: B018  raises for a bad fusion_layers
+
+    @property
+    def heads_of_fusion(self) -> int:
+        """Heads of the fusion blocks' attention."""
+        return self.fusion_num_heads or self.num_heads
 
     @property
     def image_grid(self) -> tuple[int, int]:
@@ -189,7 +201,7 @@ class DeepAVFusion(nn.Module):
 
     def _fusion_block(self) -> nn.Module:
         c = self.config
-        sizes = (c.dim, c.num_heads, c.fusion_attn_ratio, c.fusion_mlp_ratio)
+        sizes = (c.dim, c.heads_of_fusion, c.fusion_attn_ratio, c.fusion_mlp_ratio)
         if c.fusion == "token":
             return avfkernels.TokenFusion(*sizes, drop_path=c.drop_path)
         if c.fusion == "dense":

@@ -40,6 +40,7 @@ SMALL = {"workers": 2, "synth_classes": 6, "batch_size": 32}
 class EncoderSettings(Checked):
     weights: str = setting("", "pre-trained weights: a run of `avfusion pretrain`, or a file that `load_encoder` reads",
                            name="encoder")  # fmt: skip
+    fusion_num_heads: int = setting(0, "heads of its fusion blocks, where the weights do not tell them", least=0)
     from_scratch: bool = setting(False, "start from random weights, of the shape of --encoder or else the paper's")
     drop_path: float = setting(0.0, "stochastic depth of the encoder")
     layer_decay: float = setting(0.75, "share of the learning rate that a layer gets of the next one's")
@@ -86,7 +87,8 @@ class Downstream(Task):
         if encoder_config is None:  # a new run
             encoder_config = EncoderConfig()
             if start.weights:
-                self.pretrained = load_encoder(encoder_file(start.weights))
+                known = {"fusion_num_heads": start.fusion_num_heads} if start.fusion_num_heads else {}
+                self.pretrained = load_encoder(encoder_file(start.weights), **known)
                 encoder_config = self.pretrained.config
             encoder_config = replace(encoder_config, drop_path=start.drop_path)
         self.classes = tuple(classes)

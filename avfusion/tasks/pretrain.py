@@ -45,7 +45,7 @@ class PretrainConfig(TrainConfig):
 PRESETS = {
     "paper-vggsound": {"dtype": "bf16"},
     "paper-audioset": {"layout": "audioset", "split": "unbalanced_train", "eval_split": "eval", "batch_size": 2048,
-                       "dtype": "bf16"},
+                       "accumulation": 4, "fusion_attn_ratio": 1.0, "fusion_mlp_ratio": 4.0, "dtype": "bf16"},
     "tiny": {"data": "data/tiny", "synth_clips": 1000, "synth_classes": 6, "workers": 2, "dim": 96, "depth": 4,
              "num_heads": 4, "image_size": (64, 64), "fusion_tokens": 8, "image_agg_tokens": 4,
              "audio_agg_tokens": 4, "decoder_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4, "epochs": 12,

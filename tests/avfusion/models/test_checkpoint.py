@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from avfusion import CheckpointError, DeepAVFusion, EncoderConfig, load_encoder, save_encoder
 from avfusion.models import checkpoint
-from avfusion.models.checkpoint import load_unimodal
+from avfusion.models.checkpoint import _infer_config, load_unimodal
+from avfusion.tasks.pretrain import PRESETS, PretrainConfig
 
 CONFIG = EncoderConfig(dim=64, depth=2, num_heads=1, image_size=(32, 32), audio_size=(128, 32))
 
@@ -43,6 +44,10 @@ def test_save_and_load_round_trip_with_config(model, tmp_path):
     assert list(tmp_path.iterdir()) == [path]  # no partial file stays behind
 
 
+assumes = pytest.mark.filterwarnings("ignore:.*neither keys nor shapes tell num_heads")  # narrow encoders
+
+
+@assumes
 @pytest.mark.parametrize("prefixed", [True, False])
 @pytest.mark.parametrize("optimizer", [True, False])
 def test_the_authors_checkpoint_loads_without_being_told_its_shape(model, tmp_path, prefixed, optimizer):
@@ -57,6 +62,7 @@ def test_the_authors_checkpoint_loads_without_being_told_its_shape(model, tmp_pa
     assert_same_weights(loaded, model)
 
 
+@assumes
 @pytest.mark.parametrize(
     "changes",
     [
@@ -77,14 +83,52 @@ def test_the_shape_of_every_kind_of_encoder_is_read_off_its_keys(changes, tmp_pa
     assert_same_weights(loaded, model)
 
 
-def test_an_unusual_split_of_fusion_tokens_needs_a_config(tmp_path):
+@assumes
+def test_an_unusual_split_of_fusion_tokens_has_to_be_told(tmp_path):
     config = replace(CONFIG, fusion_tokens=4, image_agg_tokens=3, audio_agg_tokens=2)
     torch.save(DeepAVFusion(config).state_dict(), tmp_path / "c.pth")
-    with pytest.raises(CheckpointError, match=r"pass config=: 9 fusion tokens split .* in an unknown way"):
+    with pytest.raises(CheckpointError, match=r"pass config=: 9 tokens are not .*; give fusion_tokens, image_agg_"):
         load_encoder(tmp_path / "c.pth")
     assert load_encoder(tmp_path / "c.pth", config).config == config
+    assert load_encoder(tmp_path / "c.pth", image_agg_tokens=3, audio_agg_tokens=2).config == config
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dim": 192, "num_heads": 3}, "num_heads=3, fusion_num_heads=12"),  # queries 48 wide: 12 heads are possible
+        ({"dim": 128, "num_heads": 2}, "num_heads=2, fusion_num_heads=2"),
+        ({"dim": 768, "num_heads": 12, "fusion_tokens": 12},
+         "image_agg_tokens=8, audio_agg_tokens=8|fusion_tokens=12"),
+    ],
+)  # fmt: skip
+def test_what_a_checkpoint_does_not_tell_is_named_when_it_is_assumed(changes, told, tmp_path):
+    config = replace(CONFIG, depth=1, fusion_num_heads=12 if changes["dim"] == 192 else 0, **changes)
+    torch.save(DeepAVFusion(config).state_dict(), tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match=rf"c\.pth: neither keys nor shapes tell .*({told}).*: assumed"):
+        assert load_encoder(tmp_path / "c.pth").config == config
+
+
+def test_heads_that_are_told_are_not_assumed(tmp_path, recwarn):
+    torch.save(DeepAVFusion(replace(CONFIG, num_heads=2, fusion_num_heads=4)).state_dict(), tmp_path / "c.pth")
+    loaded = load_encoder(tmp_path / "c.pth", num_heads=2, fusion_num_heads=4)
+    assert (loaded.config.num_heads, loaded.fusion_blocks["0"].attn.num_heads) == (2, 4)
+    assert not recwarn.list
+
+
+def test_the_released_encoders_are_told_by_their_shapes(recwarn):
+    """Both released models, 268.4 and 326.9 million weights: nothing is assumed."""
+    for preset, millions in (("paper-vggsound", 268.4), ("paper-audioset", 326.9)):
+        config = PretrainConfig.of(data="x", **PRESETS[preset]).encoder
+        with torch.device("meta"):
+            state = DeepAVFusion(config).state_dict()
+        assert _infer_config(state, {}, "c.pth") == config
+        assert round(sum(x.numel() for key, x in state.items() if "pos_embed" not in key) / 1e6, 1) == millions
+    assert config.fusion_attn_ratio == 1.0
+    assert not recwarn.list
+
+
+@assumes
 def test_widths_that_do_not_tell_the_heads_need_a_config(tmp_path):
     """Heads are 64 wide in the release; no tensor has their shape."""
     model = DeepAVFusion(EncoderConfig(dim=96, depth=1, num_heads=4))
