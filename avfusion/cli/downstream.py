@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         help="its layout, if that is another one")  # fmt: skip
     add("--clips", type=options.count(1), default=10**9, metavar="N", help="at most so many (default: all)")
     add("--out", type=Path, metavar="DIR", help="default: RUN/eval")
+    if hasattr(task_class(name), "views"):
+        add("--views", type=options.count(2), metavar="N",
+            help="average the logits of N windows spread over 10 s of a clip, too (published scores: 10)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile and CUDA graphs (default: on a GPU, from 200 clips on)")  # fmt: skip
     options.add_machine(evaluate)
@@ -64,7 +67,9 @@ def run_eval(args: argparse.Namespace) -> int:
     changes = {"eval_data": args.eval_data, "eval_split": args.eval_split, "layout": args.layout}
     changes = {name: value for name, value in changes.items() if value} | {"eval_clips": args.clips}
     changes |= {} if args.compile is None else {"compile": args.compile}
-    summary = evaluate_run(args.folder, args.task, out, device=device, dtype=options.dtype_of(args), **changes)
+    views = getattr(args, "views", None) or 0
+    summary = evaluate_run(args.folder, args.task, out, device=device, dtype=options.dtype_of(args), views=views,
+                           **changes)  # fmt: skip
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:{width}}  {value:.4f}")

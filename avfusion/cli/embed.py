@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     paths, parser = options.video_files(args), args.parser
     if args.checkpoint and (args.fusion or args.seed is not None):
         parser.error("--fusion and --seed describe random weights: leave them out, the checkpoint decides")
+    if args.fusion_num_heads and not args.checkpoint:
+        parser.error("--fusion-num-heads is of a checkpoint: give --checkpoint")
     plots = args.out.with_name(f"{args.out.stem}_plots") if args.plot is True else args.plot
     if plots and plots.is_file():
         parser.error(f"--plot {plots}: a file, expected a directory; put the clips before --plot")

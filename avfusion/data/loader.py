@@ -30,8 +30,8 @@ FLOOR = 200  # the share of failures is taken of at least so many clips, or of t
 class Batch(NamedTuple):
     """B clips. `avfusion.LogMel` turns the waveforms into spectrograms, on whatever device they have been moved to."""
 
-    image: Tensor  # [B, 3, H, W] float32, normalised; of two clips each [B, 2, 3, H, W]
-    waveform: Tensor  # [B, 1, samples] float32; of two clips each [B, 2, samples]
+    image: Tensor  # [B, 3, H, W] float32, normalised; of K clips each [B, K, 3, H, W]
+    waveform: Tensor  # [B, 1, samples] float32; of K clips each [B, K, samples]
     label: Tensor  # [B] int64, -1 where the clip has no single label
     labels: Tensor | None  # [B, classes] float32, 1 for each of a clip's labels; None where the set has none
     index: Tensor  # [B] int64, into the source's rows
@@ -106,6 +106,17 @@ def check_failures(failed: int, tried: int, total: int, max_failed: float, last:
         )
 
 
+def rows_by_class(source: Source) -> list[list[int]]:
+    """The rows of each class that has some. Raises ValueError where none has a label."""
+    rows: dict[int, list[int]] = {}
+    for index, row in enumerate(source.rows):
+        for label in row.labels or (() if row.label is None else (row.label,)):
+            rows.setdefault(label, []).append(index)
+    if not rows:
+        raise ValueError("balanced: no clip has a label")
+    return [rows[label] for label in sorted(rows)]
+
+
 def multi_label(source: Source) -> bool:
     """Whether clips may have several labels."""
     return any(row.labels for row in source.rows)
@@ -124,6 +135,7 @@ class ClipLoader:
         batch_size: clips a batch, of this rank.
         train: see above.
         seed: of everything random.
+        balanced: for training, draw a class and then a clip of it, instead of going over all clips.
         num_workers: processes that decode ahead.
         rank, world_size: this process of how many; None asks torch.distributed, where it is initialised.
         max_failed: the share of clips tried that may fail. It is taken of at least 200 clips (of the whole set if that
@@ -142,6 +154,7 @@ class ClipLoader:
         *,
         train: bool,
         seed: int = 0,
+        balanced: bool = False,
         num_workers: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
@@ -160,7 +173,7 @@ class ClipLoader:
             )
         self.sampler = ClipSampler(
             count, batch_size, train=train, seed=seed, rank=rank, world_size=world_size,
-            shards=getattr(self.source, "sizes", None),
+            shards=getattr(self.source, "sizes", None), classes=rows_by_class(self.source) if balanced else None,
         )  # fmt: skip
         self.attempts = _Attempts(items, train=train, seed=seed, workers=num_workers)
         self.batches = DataLoader(

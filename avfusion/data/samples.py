@@ -1,8 +1,9 @@
 """From the clips of a data set to what a loader batches: data sets of typed samples that wrap each other.
 
     Windows(source)      a window of each clip
+    Views(windows)       several of it, evenly spread
     Masked(windows)      with the mask of its frame
-    Mixed(windows)       with another clip, to be told apart from it
+    Mixed(windows)       with other clips, to be told apart from it
     Tensors(any of them) as tensors
 
 Random choices come from torch's global generator, in the order in which a sample is made.
@@ -22,6 +23,7 @@ from avfusion.data.table import Row
 from avfusion.media.clip import Clip
 from avfusion.media.reader import read_clip
 from avfusion.media.transforms import image_transform
+from avfusion.media.windows import View
 
 
 class Source(Protocol):
@@ -61,7 +63,7 @@ class Sample:
 
     clip: Clip
     mask: np.ndarray | None = None  # of the clip's frame, [H, W] uint8: indices of classes
-    other: Clip | None = None  # whose sound is added to the clip's
+    others: tuple[Clip, ...] = ()  # further windows of it, or clips whose sound is added to it
 
 
 class Windows(Dataset):
@@ -91,34 +93,54 @@ class Masked(Dataset):
         return replace(self.windows[index], mask=mask)
 
 
-class Mixed(Dataset):
-    """Samples of two clips each. A row of a list of pairs names both.
+class Views(Dataset):
+    """Samples of `count` windows of a clip, evenly spread over `span` seconds in its middle."""
 
-    Otherwise the partner is drawn, among clips of another class where classes are known.
+    def __init__(self, windows: Windows, count: int, span: float = 10.0):
+        self.windows, self.source, self.count, self.span = windows, windows.source, count, span
+
+    def __getitem__(self, index: int) -> Sample:
+        first, *others = (
+            self.source.read(index, **self.windows.window | {"start": View(number, self.count, self.span)})
+            for number in range(self.count)
+        )
+        return Sample(first, others=tuple(others))
+
+
+class Mixed(Dataset):
+    """Samples of `count` clips each. A row of a list of pairs names both of two.
+
+    Otherwise the partners are drawn, each among clips of other classes than the ones before where classes are known.
     """
 
-    def __init__(self, windows: Windows):
-        self.windows, self.source = windows, windows.source
+    def __init__(self, windows: Windows, count: int = 2):
+        self.windows, self.source, self.count = windows, windows.source, count
 
     def __getitem__(self, index: int) -> Sample:
         sample, pair = self.windows[index], self.source.rows[index].extra.get("path_2")
-        other = read_clip(pair, **self.windows.window) if pair else self.windows[self._partner(index)].clip
-        return replace(sample, other=other)
+        if pair and self.count == 2:
+            return replace(sample, others=(read_clip(pair, **self.windows.window),))
+        chosen = [index]
+        while len(chosen) < self.count:
+            chosen.append(self._partner(chosen))
+        return replace(sample, others=tuple(self.windows[row].clip for row in chosen[1:]))
 
-    def _partner(self, index: int) -> int:
+    def _partner(self, chosen: list[int]) -> int:
         rows = self.source.rows
+        labels = {rows[row].label for row in chosen} - {None}
         for _ in range(20):
             other = int(torch.randint(len(rows), ()))
-            if other != index and (rows[index].label is None or rows[other].label != rows[index].label):
+            if other not in chosen and rows[other].label not in labels:
                 return other
-        return (index + 1) % len(rows)
+        return next((row % len(rows) for row in range(chosen[0] + 1, chosen[0] + len(rows))
+                     if row % len(rows) not in chosen), chosen[0])  # fmt: skip
 
 
 class Item(NamedTuple):
     """A sample as tensors."""
 
-    image: Tensor  # [3, H, W] float32, normalised; of two clips [2, 3, H, W]
-    waveform: Tensor  # [1, samples] float32; of two clips [2, samples]
+    image: Tensor  # [3, H, W] float32, normalised; of several clips [K, 3, H, W]
+    waveform: Tensor  # [1, samples] float32; of several clips [K, samples]
     index: int
     start: float  # of the waveform in seconds
     mask: Tensor | None = None  # [H, W]
@@ -130,7 +152,7 @@ class Tensors(Dataset):
     Args:
         samples: a data set of them.
         transform: PIL frame -> tensor; of samples with masks (frame, mask) -> two tensors.
-        gain_db: the sound becomes louder or softer by up to so many decibels.
+        gain_db: the sound becomes louder or softer by up to so many decibels, and is clipped to [-1, 1].
     """
 
     def __init__(self, samples: Any, transform: Callable, *, gain_db: float = 0.0):
@@ -138,16 +160,17 @@ class Tensors(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         sample, mask = self.samples[index], None
-        clip, other = sample.clip, sample.other
+        clip, every = sample.clip, (sample.clip, *sample.others)
         if sample.mask is not None:
             image, mask = self.transform(clip.frame, sample.mask)
-        elif other is not None:
-            image = torch.stack((self.transform(clip.frame), self.transform(other.frame)))
+        elif sample.others:
+            image = torch.stack([self.transform(each.frame) for each in every])
         else:
             image = self.transform(clip.frame)
-        waveform = clip.waveform if other is None else torch.cat((clip.waveform, other.waveform))
+        waveform = torch.cat([each.waveform for each in every])
         if self.gain_db:
-            waveform = waveform * 10 ** (torch.empty(()).uniform_(-self.gain_db, self.gain_db) / 20)
+            gain = 10 ** (torch.empty(()).uniform_(-self.gain_db, self.gain_db) / 20)
+            waveform = (waveform * gain).clamp(-1, 1)
         return Item(image, waveform, index, clip.start, mask)
 
 

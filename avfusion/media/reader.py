@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from avfusion.media.clip import Clip, ClipError
-from avfusion.media.windows import Window, reflect, span_to_resample
+from avfusion.media.windows import View, Window, reflect, span_to_resample
 
 T = TypeVar("T")
 TRUNCATED = "nothing decodes after {:.2f} s of {:.2f} s: the file is truncated or damaged, fetch or export it again"
@@ -25,7 +25,7 @@ TRUNCATED = "nothing decodes after {:.2f} s of {:.2f} s: the file is truncated o
 def read_clip(
     path: str | os.PathLike,
     *,
-    start: float | str | None = None,
+    start: float | str | View | None = None,
     duration: float = 3.0,
     sample_rate: int = 16000,
     frame: str = "middle",
@@ -38,7 +38,7 @@ def read_clip(
 
     Args:
         start: where the window begins, in seconds; None centres it on the part of the clip that has picture and sound,
-            "random" puts it uniformly at random inside that part.
+            "random" puts it uniformly at random inside that part, and a `View` is one of several spread over it.
         duration: length of the window in seconds.
         sample_rate: of the returned waveform, in Hz.
         frame: "middle" takes the frame nearest to the middle of the window's part that has picture and sound;

@@ -46,6 +46,14 @@ def read_whole_stills(
     return frames, waveform
 
 
+def length_of_sound(audio: Path) -> float:
+    """Of a sound file, in seconds. Raises `ClipError`."""
+    try:
+        return soundfile.info(audio).duration
+    except (OSError, soundfile.SoundFileRuntimeError) as error:
+        raise ClipError(os.fspath(audio), "audio", f"cannot be decoded: {error}") from error
+
+
 def _pictures(path: Path) -> tuple[list[float], list[Path]]:
     if not path.is_dir():
         return [0.0], [path]

@@ -12,10 +12,25 @@ Span = tuple[float, float]  # begin and end, seconds from the file's beginning
 
 
 @dataclass(frozen=True)
+class View:
+    """The start of window `number` of `count`, evenly spread over the `span` seconds in the middle of a clip."""
+
+    number: int
+    count: int
+    span: float = 10.0
+
+    def start(self, begin: float, end: float, duration: float) -> float:
+        """In a clip that lasts from `begin` to `end`: the first window begins with the span, the last ends with it."""
+        first = max((begin + end - self.span) / 2, begin)
+        last = max(min(first + self.span, end) - duration, first)
+        return first + (last - first) * self.number / max(self.count - 1, 1)
+
+
+@dataclass(frozen=True)
 class Window:
     """The arguments of `read_clip` that say which moments are wanted. Raises ValueError where one is out of range."""
 
-    start: float | str | None = None
+    start: float | str | View | None = None
     duration: float = 3.0
     sample_rate: int = 16000
     frame: str = "middle"
@@ -46,6 +61,8 @@ class Window:
         start = self.start
         if start == "random":
             start = max(begin, 0) + self._uniform() * max(end - begin - self.duration, 0)
+        elif isinstance(start, View):
+            start = start.start(begin, end, self.duration)
         elif start is None:
             start = max(min((begin + end) / 2 - self.duration / 2, a_end - self.duration), a_begin)
         elif not 0 <= start < a_end:

@@ -21,8 +21,8 @@ def consensus_map(boxes: Sequence[Sequence[float]], consensus: int = 2) -> Tenso
     Args:
         boxes: (x0, y0, x1, y1) in fractions of the width and height, as in `row.extra["boxes"]`; corners are rounded
             down to pixels, and a box may be empty.
-        consensus: how many annotators have to agree for full weight, or all of them where there are fewer: 2 for
-            Flickr-SoundNet's three annotators, 1 for VGG-SS, whose boxes are one annotation: their union.
+        consensus: how many annotators have to agree for full weight: 2 of Flickr-SoundNet's three, also where only one
+            has annotated (who then counts half), 1 for VGG-SS, whose boxes are one annotation: their union.
 
     Raises ValueError where there are no boxes (leave out clips that nobody has annotated), or one leaves the picture.
     """
@@ -34,14 +34,14 @@ def consensus_map(boxes: Sequence[Sequence[float]], consensus: int = 2) -> Tenso
             raise ValueError(f"consensus_map: the box {tuple(box)} is not in fractions of the picture")
         x0, y0, x1, y1 = (int(SIZE * corner) for corner in box)
         count[y0:y1, x0:x1] += 1
-    return (count / min(consensus, len(boxes))).clamp(max=1)
+    return (count / consensus).clamp(max=1)
 
 
 def consensus_iou(maps: Tensor, truth: Tensor) -> Tensor:
     """Consensus IoU of predicted maps: sum(p g) / (sum(g) + sum(p [g = 0])), where p marks the pixels above the median.
 
     Args:
-        maps: [B, H, W], any size and scale; resized to 224 x 224 bilinearly (pixels are areas, as in OpenCV).
+        maps: [B, H, W], any size and scale; resized to 224 x 224 bilinearly, corners to corners, as EZ-VSL does.
         truth: [B, 224, 224] by `consensus_map`.
 
     Returns float64 [B] in [0, 1]; 0 where neither map marks anything. The median is the lower of the middle two.
@@ -55,7 +55,7 @@ def consensus_iou(maps: Tensor, truth: Tensor) -> Tensor:
         raise ValueError("consensus_iou: a map is not finite")
     maps, truth = maps.double(), truth.double()
     maps = maps - maps.amin((1, 2), keepdim=True)  # so that resizing rounds nothing where a map has no contrast
-    maps = F.interpolate(maps[:, None], (SIZE, SIZE), mode="bilinear").flatten(1)
+    maps = F.interpolate(maps[:, None], (SIZE, SIZE), mode="bilinear", align_corners=True).flatten(1)
     marked, truth = maps > maps.median(1, keepdim=True).values, truth.flatten(1)
     area = truth.sum(1) + (marked & (truth == 0)).sum(1)
     return (marked * truth).sum(1) / area.where(area > 0, 1)

@@ -1,13 +1,20 @@
-"""Audio-visual segmentation: mIoU and F score (beta^2 = 0.3), as AVSBench and as the DeepAVFusion release define them.
+"""Audio-visual segmentation: mIoU and F score (beta^2 = 0.3), by three definitions in use.
 
-Published numbers mix the two, so results carry the definition in their name. Of what sounds (binary):
+Published numbers mix them, so results carry the definition in their name. Of what sounds (binary):
 
-    benchmark   IoU of the foreground, a frame; F from curves over 255 thresholds, averaged over frames, then their best
-    release     IoU of background and foreground, each averaged over frames, then both; F by the best of 256 thresholds,
-                a frame, then averaged. Frames that have no foreground are left out.
+    benchmark   AVSBench's code. IoU of the foreground, a frame; F from curves over 255 thresholds, averaged over the
+                frames of a video, then their best, then averaged over videos
+    release     DeepAVFusion's. IoU of background and foreground, each averaged over frames, then both; F by the best of
+                256 thresholds, a frame, then averaged. Frames that have no foreground are left out
+    ours        F from curves over 255 thresholds, averaged over all frames that have foreground, then their best: one
+                threshold for all
 
 Of classes (semantic), IoU and F of each class are averaged over the frames where it is in the truth or predicted, and
-then over classes; the release leaves out frames that have no foreground.
+then over classes:
+
+    benchmark   over all classes, those that are never there count 0; "without background" leaves out the last class
+    release     over the classes that are there, without frames that have no foreground
+    ours        over the classes that are there
 
     F = (1 + beta^2) P R / (beta^2 P + R), with precision P and recall R of pixels
 
@@ -15,7 +22,7 @@ Source: Zhou et al., ECCV 2022, https://arxiv.org/abs/2207.05042, and the evalua
 """
 
 import copy
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +34,7 @@ EPS = 1e-10
 
 
 class _Frames:
-    """What is gathered of frames: lists of tensors [frames, ...], under the names in `gathered`."""
+    """What is gathered of frames: lists under the names in `gathered`."""
 
     gathered: tuple[str, ...]
 
@@ -50,10 +57,10 @@ class BinarySegmentation(_Frames):
     Raises ValueError for shapes that do not fit and values out of range.
     """
 
-    gathered = "iou", "curves", "classes", "best"
+    gathered = "iou", "curves", "classes", "best", "videos"
 
-    def update(self, probability: Tensor, truth: Tensor) -> Tensor:
-        """Returns the benchmark's IoU of each frame, [B]."""
+    def update(self, probability: Tensor, truth: Tensor, videos: Sequence[str]) -> Tensor:
+        """`videos` says which one each frame is of. Returns the benchmark's IoU of each frame, [B]."""
         if probability.ndim != 3 or probability.shape != truth.shape:
             raise ValueError(f"BinarySegmentation: expected probabilities and truth [B, H, W], got "
                              f"{list(probability.shape)} and {list(truth.shape)}")  # fmt: skip
@@ -63,7 +70,8 @@ class BinarySegmentation(_Frames):
         marked, sounds = (probability > 0.5).double(), truth.sum(1) > 0
         iou = benchmark_iou(marked, truth)
         self.iou.append(iou)
-        self.curves.append(f_curve(probability[sounds], truth[sounds], 255))
+        self.curves.append(f_curve(probability, truth, 255).where(sounds[:, None], torch.nan))
+        self.videos += videos
         self.classes.append(class_scores(marked[sounds].long(), truth[sounds].long(), 2)[0])
         self.best.append(f_curve(probability[sounds], truth[sounds], 256).amax(1))
         return iou
@@ -71,11 +79,17 @@ class BinarySegmentation(_Frames):
     def compute(self) -> dict[str, float]:
         """By name and definition; what leaves out every frame is NaN."""
         curves, classes = torch.cat(self.curves), torch.cat(self.classes)
+        frames: dict[str, list[int]] = {}
+        for frame, video in enumerate(self.videos):
+            frames.setdefault(video, []).append(frame)
+        # Of a video without foreground the benchmark's code makes 0.
+        best = [curves[rows].nanmean(0).nan_to_num(0).max() for rows in frames.values()]
         return {
             "mIoU (benchmark)": torch.cat(self.iou).mean().item(),
-            "F (benchmark)": curves.mean(0).max().item() if len(curves) else math.nan,
+            "F (benchmark)": torch.stack(best).mean().item(),
             "mIoU (release)": classes.nanmean(0).nanmean().item(),
             "F (release)": torch.cat(self.best).mean().item(),
+            "F (ours)": curves.nanmean(0).max().item(),
         }
 
 
@@ -110,11 +124,15 @@ class SemanticSegmentation(_Frames):
         """By name and definition, with and without the background; what leaves out every frame is NaN."""
         iou, f, sounds = torch.cat(self.iou), torch.cat(self.f), torch.cat(self.sounds)
         found = {}
-        for definition, frames in (("benchmark", torch.ones_like(sounds)), ("release", sounds)):
-            for name, values in (("mIoU", iou), ("F", f)):
-                classes = values[frames].nanmean(0)
-                found[f"{name} ({definition})"] = classes.nanmean().item()
-                found[f"{name} without background ({definition})"] = classes[1:].nanmean().item()
+        for name, values in (("mIoU", iou), ("F", f)):
+            classes, sounding = values.nanmean(0), values[sounds].nanmean(0)
+            for definition, whole, without in (
+                ("benchmark", classes.nan_to_num(0), classes.nan_to_num(0)[:-1]),
+                ("release", sounding, sounding[1:]),
+                ("ours", classes, classes[1:]),
+            ):
+                found[f"{name} ({definition})"] = whole.nanmean().item()
+                found[f"{name} without background ({definition})"] = without.nanmean().item()
         return found
 
 

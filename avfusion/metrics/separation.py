@@ -126,27 +126,47 @@ def toeplitz_energies(gram: Tensor, right: Tensor) -> Tensor:
 
 
 def ratio_masks(spectra: Tensor) -> Tensor:
-    """Which share of the mixture's power each source has: p_k / sum_k p_k, in [0, 1].
+    """Which share of the sources' power each source has: p_k / sum_k p_k, in [0, 1].
 
     spectra [B, K, ..., mels, frames] is log10 of power, of each of K sources. Where all are silent, shares are equal.
     """
     return (spectra * torch.log(torch.tensor(10.0))).softmax(dim=1)
 
 
-def apply_mask(mixture: Tensor, mask: Tensor, mel: LogMel) -> Tensor:
+def binary_masks(spectra: Tensor) -> Tensor:
+    """1 where a source is the loudest, else 0: spectra as in `ratio_masks`."""
+    return (spectra == spectra.amax(1, keepdim=True)).to(spectra.dtype)
+
+
+def released_masks(spectra: Tensor, mixture: Tensor, *, binary: bool = False) -> Tensor:
+    """The DeepAVFusion release's: p_k / (p_k + p) with the power p of the mixture; binary: 1 where p_k > p.
+
+    Both are log10 of power, of the same shape. Where sources do not overlap, that is 1/2 and not 1.
+    """
+    power, whole = 10**spectra, 10**mixture
+    return (power > whole).to(power.dtype) if binary else (power / (power + whole + 1e-5)).clamp(0, 1)
+
+
+def apply_mask(mixture: Tensor, mask: Tensor, mel: LogMel, *, released: bool = False) -> Tensor:
     """Filter mixtures [B, samples] by masks [B, mels, frames] of their log-mel spectrograms; returns [B, samples].
 
     A bin of the spectrum gets the mean of the masks of the bands that it is in, weighted as the filter bank weights
-    them; bins in no band get that of the nearest.
+    them; bins in no band get that of the nearest; the last frame, which the spectrogram drops, that of the one before.
+
+    `released`: as the DeepAVFusion release, which weights and does not divide by the sum of the weights, so that bins
+    in no band, and the last frame, are silent.
     """
     spectrum = _stft(mixture, mel)
     weight = mel.fbanks.clone()  # [bins, mels]
+    if released:
+        gain = weight @ mask.to(spectrum.real.dtype)
+        return _istft(spectrum * F.pad(gain, (0, spectrum.shape[-1] - gain.shape[-1])), mel, mixture.shape[-1])
     bins = torch.arange(len(weight), device=weight.device)
     centers = weight.T @ bins.to(weight.dtype) / weight.sum(0).clamp(min=1e-12)
     for index in (weight.sum(1) == 0).nonzero().flatten().tolist():
         weight[index, (centers - index).abs().argmin()] = 1
     gain = (weight / weight.sum(1, keepdim=True)) @ mask.to(spectrum.real.dtype)
-    last = gain[..., -1:].expand(-1, -1, spectrum.shape[-1] - gain.shape[-1])  # the spectrogram drops the last frame
+    last = gain[..., -1:].expand(-1, -1, spectrum.shape[-1] - gain.shape[-1])
     return _istft(spectrum * torch.cat((gain, last), dim=-1), mel, mixture.shape[-1])
 
 

@@ -70,12 +70,9 @@ class EncoderConfig:
             raise ValueError(
                 f"EncoderConfig: dim = {self.dim} must be a multiple of num_heads = {self.num_heads} and 4"
             )
-        heads = self.heads_of_fusion
-        if heads < 1 or any(int(width) % heads for width in (self.dim, self.dim * self.fusion_attn_ratio)):
-            raise ValueError(
-                f"EncoderConfig: dim = {self.dim}, and fusion_attn_ratio = {self.fusion_attn_ratio} of it, must be a "
-                f"multiple of the {heads} heads of fusion (fusion_num_heads, or else num_heads)"
-            )
+        if self.fusion_num_heads < 0 or self.dim % self.heads_of_fusion:
+            raise ValueError(f"EncoderConfig: dim = {self.dim} must be a multiple of fusion_num_heads = "
+                             f"{self.fusion_num_heads}")  # fmt: skip
         for name in ("image_size", "audio_size"):
             size = getattr(self, name)
             if len(size) != 2 or any(side < self.patch_size or side % self.patch_size for side in size):

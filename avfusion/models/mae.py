@@ -73,7 +73,8 @@ class AVMAE(nn.Module):
             )
         self.encoder = encoder
         self.visible = {}
-        decoder = replace(config, dim=decoder_dim, num_heads=decoder_num_heads, mlp_ratio=4.0, drop_path=0.0)
+        decoder = replace(config, dim=decoder_dim, num_heads=decoder_num_heads, fusion_num_heads=0, mlp_ratio=4.0,
+                          drop_path=0.0)  # fmt: skip
         for name, grid, channels, ratio in (
             ("image", config.image_grid, 3, image_mask_ratio),
             ("audio", config.audio_grid, 1, audio_mask_ratio),

@@ -22,7 +22,7 @@ from avfusion.training.task import Result, autocast, device_of, gathered
 from avfusion.viz.plots import plot_clips
 
 PRESETS = {
-    "paper": TRAINED | {"layout": "flickr-soundnet", "epochs": 30, "warmup_epochs": 3.0},
+    "paper": TRAINED | {"batch_size": 128, "layout": "flickr-soundnet", "epochs": 30, "warmup_epochs": 3.0},
     "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 1000,
                      "epochs": 10, "blr": 8e-3, "layer_decay": 1.0, "warmup_epochs": 1.0, "contrast_dim": 64,
                      "eval_epochs": 5},
@@ -61,7 +61,7 @@ class Localize(Contrastive):
 
     def truth(self, source: Selection, index: list[int]) -> Tensor:
         """[B, 224, 224] as the metric wants it: in the part of the frame that the model sees."""
-        annotators = 1 if source.source.layout == "vggss" else 2
+        annotators = 2 if source.source.layout == "flickr-soundnet" else 1
         return torch.stack([consensus_map(source.rows[i].extra["boxes"], annotators) for i in index])
 
     def transform(self, *, train: bool) -> Callable:

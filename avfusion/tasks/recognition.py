@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from avfusion.common import setting
 from avfusion.data.loader import Batch, ClipLoader, multi_label
 from avfusion.data.sampler import random_seed
+from avfusion.data.samples import Source, Tensors, Views
 from avfusion.media.clip import Clip
 from avfusion.metrics.recognition import multilabel_scores, top_k_accuracy
-from avfusion.models.heads.classifier import Classifier
+from avfusion.models.heads.classifier import MODALITIES, Classifier, class_loss, log_prior
 from avfusion.tasks.downstream import SMALL, TRAINED, Downstream, DownstreamConfig, Prediction, samples_of
 from avfusion.training.config import leaves
 from avfusion.training.optim import lars
@@ -40,18 +41,23 @@ class FinetuneConfig(DownstreamConfig):
     """Recognition with all weights trained."""
 
     mixup: float = setting(1.0, "alpha of the Beta distribution by which clips are mixed; 0: they are not")
-    smoothing: float = setting(0.1, "label smoothing, where clips have one label each")
+    smoothing: float = setting(0.1, "label smoothing")
 
 
+# The part of AudioSet with about as many clips of each class.
+AUDIOSET = {"layout": "audioset", "split": "balanced_train", "eval_split": "eval"}
 PROBE_PRESETS = {
-    "paper": {"epochs": 60, "batch_size": 256, "blr": 0.3, "warmup_epochs": 10.0},
+    "paper": {"epochs": 60, "batch_size": 1024, "accumulation": 4, "blr": 0.3, "warmup_epochs": 10.0},
+    "paper-audioset": AUDIOSET | {"epochs": 300, "batch_size": 512, "blr": 0.3, "warmup_epochs": 20.0},
     "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 16.0, "warmup_epochs": 1.0,
                      "eval_epochs": 5},
 }  # fmt: skip
 
 
 FINETUNE_PRESETS = {
-    "paper": TRAINED | {"epochs": 100, "warmup_epochs": 20.0, "drop_path": 0.2},
+    "paper": TRAINED | {"epochs": 100, "accumulation": 4, "warmup_epochs": 20.0, "drop_path": 0.2},
+    "paper-audioset": TRAINED | AUDIOSET | {"epochs": 200, "accumulation": 4, "warmup_epochs": 20.0,
+                                                       "drop_path": 0.2},
     "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0,
                      "drop_path": 0.1, "mixup": 0.2, "eval_epochs": 4},
 }  # fmt: skip
@@ -60,8 +66,11 @@ FINETUNE_PRESETS = {
 class Recognition(Downstream):
     """What probe and fine-tuning share. Clips with one label count by cross entropy, with several by a binary one."""
 
-    measures = "top-1 and top-5 accuracy; for several labels a clip mAP, AUC and d-prime"
+    measures = "top-1 and top-5 accuracy; for several labels a clip mAP, AUC and d-prime; of each modality too"
     freeze_encoder: bool
+    views = (
+        0  # windows of a clip, spread over 10 s, whose logits an evaluation averages, beside those of the middle one
+    )
 
     def build(self, *, weights: bool = False) -> Classifier:
         return Classifier(self.build_encoder(weights=weights), len(self.classes), freeze_encoder=self.freeze_encoder)
@@ -90,28 +99,53 @@ class Recognition(Downstream):
     def mix(self, image: Tensor, audio: Tensor, target: Tensor, index: Tensor, epoch: int, single: bool):
         return image, audio, target
 
-    @torch.no_grad()
     def evaluate(self, model: Classifier, loader: ClipLoader, dtype: torch.dtype) -> Result:
-        rows, device = [], device_of(model)
-        for batch in loader:
-            with autocast(device, dtype):
-                logits = model(*self.inputs(batch, device), average=True)
-            target = F.one_hot(batch.label.clamp(min=0), len(self.classes)) if batch.labels is None else batch.labels
-            rows.append((batch.index, logits.float(), target.float()))
-        index, logits, target = gathered(rows)
+        index, logits, target = self.logits(model, loader, dtype)
         single, source = not multi_label(loader.source), loader.source
-        if single:
-            summary = top_k_accuracy(logits, target.argmax(1), tuple(k for k in (1, 5) if k <= len(self.classes)))
-            summary["chance"] = target.mean(0).max().item()  # of always naming the most frequent class
-        else:
-            summary = multilabel_scores(logits, target)
-            summary["chance"] = target.mean(0)[target.sum(0) > 0].mean().item()  # mAP of random scores
-        chance = logits.softmax(1) if single else logits.sigmoid()
+        summary = self.scores(logits, target, single)
+        # Of always naming the most frequent class; of random scores.
+        summary["chance"] = (target.mean(0).max() if single else target.mean(0)[target.sum(0) > 0].mean()).item()
+        if self.views:
+            windows = Views(self.samples(source, train=False), self.views)
+            batch = max(loader.sampler.batch_size // self.views, 1)
+            spread = ClipLoader(Tensors(windows, self.transform(train=False)), batch, train=False,
+                                num_workers=self.config.data.workers)  # fmt: skip
+            index, logits, target = self.logits(model, spread, dtype)
+            found = self.scores(logits, target, single)
+            summary |= {f"{score} ({self.views} views)": value for score, value in found.items()}
+        chance = logits.mean(1).softmax(1) if single else logits.mean(1).sigmoid()
         score = (chance * target).sum(1) / target.sum(1).clamp(min=1)
         labels = ["; ".join(self.classes[i] for i in row.nonzero().flatten().tolist()) for row in target > 0]
-        predicted = [self.classes[i] for i in logits.argmax(1).tolist()]
+        predicted = [self.classes[i] for i in logits.mean(1).argmax(1).tolist()]
         scores = [round(s, 6) for s in score.tolist()]
         return Result(summary, samples_of(source, index, scores, labels=labels, predicted=predicted))
+
+    @torch.no_grad()
+    def logits(self, model: Classifier, loader: ClipLoader, dtype: torch.dtype) -> list[Tensor]:
+        """Of every clip: its row, the logits of each modality [N, 3, C], averaged over its windows, targets [N, C]."""
+        rows, device = [], device_of(model)
+        for batch in loader:
+            image, audio = self.inputs(batch, device)
+            windows = 1
+            if image.ndim == 5:
+                windows, image, audio = image.shape[1], image.flatten(0, 1), audio.flatten(0, 1)[:, None]
+            with autocast(device, dtype):
+                logits = torch.stack(model(image, audio), dim=1)
+            target = F.one_hot(batch.label.clamp(min=0), len(self.classes)) if batch.labels is None else batch.labels
+            rows.append((batch.index, logits.float().unflatten(0, (-1, windows)).mean(1), target.float()))
+        return gathered(rows)
+
+    def scores(self, logits: Tensor, target: Tensor, single: bool) -> dict[str, float]:
+        """Of the averaged logits, and the first of these scores of each modality."""
+        if single:
+            ks = tuple(k for k in (1, 5) if k <= len(self.classes))
+            found, each = top_k_accuracy(logits.mean(1), target.argmax(1), ks), ("top-1",)
+        else:
+            found, each = multilabel_scores(logits.mean(1), target), ("mAP", "AUC")
+        for name, own in zip(MODALITIES, logits.unbind(1), strict=True):
+            of_one = top_k_accuracy(own, target.argmax(1), (1,)) if single else multilabel_scores(own, target)
+            found |= {f"{score} {name}": of_one[score] for score in each}
+        return found
 
     def draw(self, model: Classifier, loader: ClipLoader, rows: list[int], path: Path) -> None:
         batch, device = loader.some(rows), device_of(model)
@@ -150,22 +184,68 @@ class Probe(Recognition):
 
 
 class Finetune(Recognition):
-    """All weights trained: layer-wise rates, stochastic depth, mixup of pictures and sounds, label smoothing."""
+    """All weights trained: layer-wise rates, stochastic depth, mixup of pictures and sounds, label smoothing.
+
+    Biases of the heads start at the classes' log priors; classes that the training list never shows count for nothing,
+    and the others by `class_loss`.
+    """
 
     name = "finetune"
     settings = FinetuneConfig
     presets = FINETUNE_PRESETS
     freeze_encoder = False
+    share: Tensor | None = None  # of each class in the labels of the training list, [C]: known once that is open
+
+    def open(self, *, make: bool = False) -> Source:
+        source = super().open(make=make)
+        self.share = class_share(source)
+        self.seen = self.share.nonzero().flatten()
+        return source
+
+    def build(self, *, weights: bool = False) -> Classifier:
+        model = super().build(weights=weights)
+        if self.share is not None:
+            for name in MODALITIES:
+                getattr(model, f"{name}_head").bias.data.copy_(log_prior(self.share))
+        return model
+
+    def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, bool]:
+        self.share, self.seen = self.share.to(device), self.seen.to(device)
+        return super().prepare(batch, epoch, device)
+
+    def losses(self, model: nn.Module, image: Tensor, audio: Tensor, target: Tensor, single: bool) -> dict[str, Tensor]:
+        logits = model(image, audio, average=True).float()
+        return {"class": class_loss(logits, target, self.seen, self.share[self.seen], single=single)}
 
     def mix(self, image: Tensor, audio: Tensor, target: Tensor, index: Tensor, epoch: int, single: bool):
-        """Mix each clip with the one at the other end of the batch by one share lambda ~ Beta(mixup, mixup).
+        """Mix each clip with the one at the other end of the batch, by a share lambda ~ Beta(mixup, mixup) of its own.
 
-        The share is a function of (seed, epoch, first clip).
+        The share is a function of (seed, epoch, clip).
         """
-        if single:
-            target = target * (1 - self.config.smoothing) + self.config.smoothing / target.shape[1]
+        target = smoothed(target, self.config.smoothing)
         if self.config.mixup:
-            rng = np.random.default_rng(random_seed(self.config.optim.seed, epoch, int(index[0])))
-            share = rng.beta(self.config.mixup, self.config.mixup)
-            image, audio, target = (share * x + (1 - share) * x.flip(0) for x in (image, audio, target))
+            seed, alpha = self.config.optim.seed, self.config.mixup
+            draws = [np.random.default_rng(random_seed(seed, epoch, clip)).beta(alpha, alpha)
+                     for clip in index.tolist()]  # fmt: skip
+            share = torch.tensor(draws, dtype=image.dtype).to(image.device, non_blocking=True)
+            image, audio, target = (mixed(x, share) for x in (image, audio, target))
         return image, audio, target
+
+
+def class_share(source: Source) -> Tensor:
+    """The share that each class has in all labels of a list, [C] float32."""
+    labels = [label for row in source.rows for label in (row.labels or (() if row.label is None else (row.label,)))]
+    if not labels:
+        raise ValueError("none of the clips to train on has a label")
+    return torch.bincount(torch.tensor(labels), minlength=len(source.classes)).float() / len(labels)
+
+
+def smoothed(target: Tensor, smoothing: float) -> Tensor:
+    """Targets [B, C], 0 or 1 -> smoothing / C, or 1 - smoothing + smoothing / C."""
+    return target * (1 - smoothing) + smoothing / target.shape[1]
+
+
+def mixed(x: Tensor, share: Tensor) -> Tensor:
+    """x [B, ...] and its reverse along the batch, by the share [B] of each clip."""
+    share = share.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return share * x + (1 - share) * x.flip(0)

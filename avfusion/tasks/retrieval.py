@@ -38,7 +38,7 @@ class ContrastConfig(DownstreamConfig):
 
 
 PRESETS = {
-    "paper": TRAINED | {"epochs": 30, "warmup_epochs": 3.0},
+    "paper": TRAINED | {"batch_size": 128, "epochs": 30, "warmup_epochs": 3.0},
     "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0,
                      "contrast_dim": 64, "eval_epochs": 8},
 }  # fmt: skip

@@ -17,7 +17,7 @@ from avfusion.data.pictures import mask_files
 from avfusion.data.samples import Masked, Source
 from avfusion.data.table import Table
 from avfusion.media.clip import Clip
-from avfusion.media.stills import read_stills
+from avfusion.media.stills import length_of_sound, read_stills
 from avfusion.media.transforms import masked_transform
 from avfusion.metrics.segmentation import BinarySegmentation, SemanticSegmentation
 from avfusion.models.heads.localization import center_prior
@@ -31,12 +31,18 @@ from avfusion.viz.plots import plot_clips
 class SegmentConfig(DownstreamConfig):
     """Audio-visual segmentation."""
 
-    subset: str = setting("v2", "part of AVSBench: v1s (S4), v1m (MS3) or v2 (AVSS)", choices=("v1s", "v1m", "v2"))
+    subset: str = setting("all", "part of AVSBench: v1s (S4), v1m (MS3), v2, or all (AVSS)",
+                          choices=("v1s", "v1m", "v2", "all"))  # fmt: skip
     semantic: bool = setting(True, "predict classes; otherwise whether a pixel sounds")
+    listed: bool = setting(False, "background is what the masks show and the clip's own list of classes does not name")
+    repeat: int = setting(1, "times that an epoch goes over the frames", least=1)
 
 
+RELEASED = TRAINED | {"layout": "avsbench", "eval_split": "val", "epochs": 100, "accumulation": 8,
+                      "warmup_epochs": 20.0, "listed": True}  # fmt: skip
 PRESETS = {
-    "paper": TRAINED | {"layout": "avsbench", "epochs": 100, "warmup_epochs": 20.0},
+    "paper": RELEASED,
+    "paper-s4": RELEASED | {"subset": "v1s", "semantic": False, "blr": 2e-4, "repeat": 10},
     "tiny": SMALL | {"data": "data/tiny-segment", "layout": "avsbench", "synth_clips": 300, "epochs": 3,
                      "batch_size": 16, "blr": 16e-3, "warmup_epochs": 0.5, "subset": "v2", "eval_epochs": 3,
                      "eval_clips": 100},
@@ -50,9 +56,9 @@ class Frames:
         self.classes, self.sha256 = table.classes, table.sha256
         self.rows = [
             replace(row, id=f"{row.id}/{second}", path=row.path / f"{second}.jpg",
-                    extra=row.extra | {"mask": mask, "second": second})
+                    extra=row.extra | {"mask": mask, "second": second, "video": row.id})
             for row in table.rows
-            if row.extra.get("subset") == subset
+            if subset in ("all", row.extra.get("subset"))
             for second, mask in mask_files(row).items()
         ]  # fmt: skip
         if not self.rows:
@@ -62,16 +68,22 @@ class Frames:
         return str(self.rows[index].path)
 
     def read(self, index: int, *, duration: float, start=None, frame=None, **window) -> Clip:
-        """The frame, and the sound around the middle of its second."""
+        """The frame, and the sound around the middle of its second, kept inside the clip.
+
+        In training (`start` is "random") that is up to a third of the window earlier or later.
+        """
         row = self.rows[index]
-        start = max(row.extra["second"] + 0.5 - duration / 2, 0.0)
+        middle = row.extra["second"] + 0.5
+        if start == "random":
+            middle += torch.empty(()).uniform_(-0.33, 0.33).item() * duration
+        start = max(min(middle - duration / 2, length_of_sound(row.audio) - duration), 0.0)
         return read_stills(row.path, row.audio, start=start, duration=duration, **window)
 
 
 class Segment(Downstream):
     name = "segment"
     settings = SegmentConfig
-    measures = "mIoU and F score (beta^2 = 0.3), as the benchmark and as the release define them"
+    measures = "mIoU and F score (beta^2 = 0.3), by the three definitions in use"
     presets = PRESETS
 
     def read(self, where: str, split: str) -> Frames:
@@ -79,8 +91,13 @@ class Segment(Downstream):
             raise ValueError(f"{where}: the layout {self.config.data.layout} has no masks; segment reads avsbench")
         return Frames(super().read(where, split), self.config.subset)
 
+    def open(self, *, make: bool = False) -> Frames:
+        source = super().open(make=make)
+        source.rows *= self.config.repeat
+        return source
+
     def samples(self, source: Source, *, train: bool) -> Masked:
-        return Masked(super().samples(source, train=train))
+        return Masked(super().samples(source, train=train), listed=self.config.listed)
 
     def transform(self, *, train: bool) -> Callable:
         return masked_transform(self.encoder_config.image_size, train=train, crop_min=self.config.data.crop_min)
@@ -108,8 +125,9 @@ class Segment(Downstream):
                 logits = model(image, audio).float()
             foreground = 1 - logits.softmax(1)[:, 0] if self.config.semantic else logits.sigmoid()[:, 0]
             sounds = (truth > 0).double()
-            score = ours.update(foreground.double().clamp(0, 1), sounds)
-            center.update(middle.expand_as(sounds), sounds)
+            videos = [source.rows[i].extra["video"] for i in batch.index.tolist()]
+            score = ours.update(foreground.double().clamp(0, 1), sounds, videos)
+            center.update(middle.expand_as(sounds), sounds, videos)
             if self.config.semantic:
                 score = classes.update(logits, truth)
             rows.append((batch.index, score))

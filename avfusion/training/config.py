@@ -48,6 +48,7 @@ class DataSettings(Checked):
                                choices=("names", "folders"))  # fmt: skip
     shard_cache: str = setting("", "folder that keeps shards which are fetched from an address")
     split: str = setting("train", "split to train on; all: everything")
+    balanced: bool = setting(False, "train on clips of each class alike: draw a class, then one of its clips")
     synth_clips: int = setting(0, "make so many synthetic clips in --data first, unless they are there", least=0)
     synth_classes: int = setting(12, "of how many classes these are")
     eval_data: str = setting("", "folder of labelled clips to evaluate on (default: --data)")

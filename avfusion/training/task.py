@@ -150,7 +150,8 @@ class Task(ABC):
         config, samples = self.config, self.samples(source, train=train)
         items = Tensors(samples, self.transform(train=train), gain_db=config.data.gain_db if train else 0.0)
         seed = config.optim.seed if train else 0
-        return ClipLoader(items, batch_size, train=train, seed=seed, num_workers=config.data.workers, **options)
+        return ClipLoader(items, batch_size, train=train, seed=seed, balanced=train and config.data.balanced,
+                          num_workers=config.data.workers, **options)  # fmt: skip
 
     def flop(self) -> int:
         """FLOP of a training step for one clip, forward and backward, as matrix products; recomputation not counted."""

@@ -8,6 +8,7 @@ Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfusion.models.deepavfusion import DeepAVFusion
@@ -58,3 +59,27 @@ class Classifier(nn.Module):
                 pooled = getattr(self, f"{name}_norm")(pooled)
             logits.append(getattr(self, f"{name}_head")(pooled))
         return torch.stack(logits).mean(0) if average else tuple(logits)
+
+
+def log_prior(share: Tensor) -> Tensor:
+    """What biases of the heads start at in fine-tuning: log((p + 1e-3) / (1 - p + 1e-3)) of a class's share p, [C]."""
+    return torch.log((share + 1e-3) / (1 - share + 1e-3))
+
+
+def class_loss(logits: Tensor, target: Tensor, seen: Tensor, share: Tensor, *, single: bool) -> Tensor:
+    """The loss of fine-tuning, over the classes `seen` that the training list shows, by their `share` of it.
+
+        single     mean over clips of the cross entropy,   times the mean over classes of 1 / share
+        several    mean over clips and classes of the binary cross entropy / share
+
+    Args:
+        logits, target: [B, C]; targets are shares, mixed and smoothed.
+        seen: int64, indices of classes; share: theirs, of the same length.
+        single: clips have one label each.
+
+    Source: the DeepAVFusion release. Where clips have one label, 1 / share is a factor that AdamW divides out again.
+    """
+    logits, target = logits[:, seen], target[:, seen]
+    if single:
+        return F.cross_entropy(logits, target) * (1 / share).mean()
+    return (F.binary_cross_entropy_with_logits(logits, target, reduction="none") / share).mean()

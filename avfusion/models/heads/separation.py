@@ -69,10 +69,11 @@ class Separator(nn.Module):
         return self.avss_decoder(x_audio, embs[-1][0], config.audio_grid)
 
 
-def separation_loss(logits: Tensor, masks: Tensor, mixture: Tensor) -> Tensor:
+def separation_loss(logits: Tensor, masks: Tensor, mixture: Tensor | None = None) -> Tensor:
     """Binary cross entropy of mask logits [B, 1, mels, frames], weighted by the mixture's power p: clamp(log(1 + p)).
 
-    `masks` are targets in [0, 1], `mixture` is log10(p). The weights are kept within [1e-3, 10].
+    `masks` are targets in [0, 1], `mixture` is log10(p); without it all weigh alike. The weights are kept within
+    [1e-3, 10].
     """
-    weight = torch.log1p(10**mixture).clamp(1e-3, 10)
+    weight = None if mixture is None else torch.log1p(10**mixture).clamp(1e-3, 10)
     return F.binary_cross_entropy_with_logits(logits, masks, weight)

@@ -46,7 +46,8 @@ def folder(tmp_path, clip):
 class Fake:
     """A source that decodes nothing: clip i is a grey picture and a constant sound; some clips fail."""
 
-    def __init__(self, count, *, bad=(), rows=None, classes=()):
+    def __init__(self, count, *, bad=(), rows=None, classes=(), volume=1.0):
+        self.volume = volume
         self.rows = rows or [Row(f"{i}", Path(f"{i}.mp4")) for i in range(count)]
         self.classes, self.sha256, self.bad = classes, f"fake {count}", frozenset(bad)
         self.action = {}  # index -> what to do instead of reading
@@ -60,7 +61,13 @@ class Fake:
         if index in self.bad:
             raise ClipError(self.name(index), "video", "is bad")
         moment = torch.rand(()).item() if start == "random" else 0.5
-        return Clip(Image.new("RGB", (8, 8), (index, 0, 0)), torch.ones(1, 16), moment, moment, self.name(index))
+        return Clip(
+            Image.new("RGB", (8, 8), (index % 256, 0, 0)),
+            torch.full((1, 16), self.volume),
+            moment,
+            moment,
+            self.name(index),
+        )
 
 
 def loader(source, batch_size=4, *, train=True, **options):
@@ -171,12 +178,28 @@ def test_training_takes_random_windows_and_frames_of_real_clips(folder):
     assert len(set(frames)) > 8
 
 
-def test_volume_changes_by_up_to_six_decibels():
-    gains = torch.cat([b.waveform.amax((1, 2)) for b in loader(Fake(256), 64)]).log10() * 20
+def test_volume_changes_by_up_to_six_decibels_and_is_clipped():
+    gains = torch.cat([b.waveform.amax((1, 2)) for b in loader(Fake(256, volume=0.5), 64)]).mul(2).log10() * 20
     assert gains.min() < -5
     assert gains.max() > 5
     assert gains.abs().max() <= 6
+    loud = torch.cat([b.waveform.amax((1, 2)) for b in loader(Fake(64), 64)])
+    assert loud.max() == 1
     assert next(iter(loader(Fake(4), train=False))).waveform.eq(1).all()
+
+
+def test_balanced_epochs_draw_classes_alike():
+    """900 clips of one class, 90 of a second, 10 of both: each class comes up half of the time."""
+    rows = [Row(str(i), Path("x"), labels=((0,) if i < 900 else (1,) if i < 990 else (0, 1))) for i in range(1000)]
+    table = Fake(1000, rows=rows, classes=("x", "y", "never"))
+    epochs = [torch.cat([batch.index for batch in loader(table, 100, seed=seed, balanced=True)]) for seed in (0, 0, 1)]
+    assert torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(epochs[0], epochs[2])
+    second = (epochs[0] >= 900).float().mean()
+    assert 0.45 < second < 0.57  # half, and of the first class 10 of 910
+    assert len(epochs[0].unique()) < 600
+    with pytest.raises(ValueError, match="balanced: no clip has a label"):
+        loader(Fake(4), balanced=True)
 
 
 def test_labels():

@@ -27,7 +27,7 @@ def consensus_by_votes(boxes, consensus):
     for x0, y0, x1, y1 in boxes:
         inside = [(pixel >= np.floor(SIZE * a)) & (pixel < np.floor(SIZE * b)) for a, b in ((y0, y1), (x0, x1))]
         votes += np.outer(*inside)
-    return np.minimum(votes / min(consensus, len(boxes)), 1)
+    return np.minimum(votes / consensus, 1)
 
 
 def consensus_iou_by_sorting(pred, g):
@@ -60,12 +60,12 @@ def test_consensus_of_annotators():
     half, top = (0.0, 0.0, 0.5, 1.0), (0.0, 0.0, 1.0, 0.5)
     three = consensus_map([half, top, top])
     assert [three[0, 0], three[0, -1], three[-1, 0], three[-1, -1]] == [1, 1, 0.5, 0]
-    assert consensus_map([half])[-1, 0] == 1  # one annotator is all there are to agree
+    assert consensus_map([half])[-1, 0] == 0.5  # EZ-VSL: who annotates alone counts half
     assert consensus_map([half, top])[-1, 0] == 0.5
     union = consensus_map([half, top], consensus=1)
     assert [union[0, 0], union[0, -1], union[-1, 0], union[-1, -1]] == [1, 1, 1, 0]
     assert consensus_map([(0.26875, 1.0, 0.753125, 1.0)]).sum() == 0  # VGG-SS has such boxes
-    assert consensus_map([(0.0, 0.0, 1.0, 1.0)]).sum() == SIZE**2
+    assert consensus_map([(0.0, 0.0, 1.0, 1.0)], consensus=1).sum() == SIZE**2
 
 
 def test_consensus_iou_by_hand():
@@ -78,7 +78,7 @@ def test_consensus_iou_by_hand():
         ((0.25, 0, 0.75, 1), 1 / 3),
         ((0.1, 0.2, 0.1, 0.2), 0.0),  # nothing to find
     ):
-        assert consensus_iou(left, consensus_map([box])[None]).item() == pytest.approx(expected, abs=1e-12)
+        assert consensus_iou(left, consensus_map([box], consensus=1)[None]).item() == pytest.approx(expected, abs=1e-12)
     for constant in (0.0, 0.1, -3e7, 1 / 196):
         for shape in ((1, 14, 14), (1, 7, 5), (1, 300, 300), (1, 1, 1)):
             assert consensus_iou(torch.full(shape, constant), torch.ones(1, SIZE, SIZE)).item() == 0.0
@@ -86,10 +86,10 @@ def test_consensus_iou_by_hand():
 
 
 def resized(x, size):
-    """Bilinear, pixels are areas: pixel i of n has its centre at (i + 1/2) / n."""
+    """Bilinear, corners to corners: pixel i of n is at i / (n - 1)."""
 
     def weights(n):
-        at = np.clip((np.arange(size) + 0.5) * n / size - 0.5, 0, n - 1)
+        at = np.arange(size) * (n - 1) / (size - 1)
         return np.maximum(1 - np.abs(at[:, None] - np.arange(n)), 0)
 
     return weights(x.shape[0]) @ x @ weights(x.shape[1]).T

@@ -49,9 +49,14 @@ def test_the_f_curve_is_scikit_learns_at_every_threshold():
 
 def test_binary_scores_on_three_hundred_frames():
     rng, metric, iou, ious, curves, best = np.random.default_rng(1), BinarySegmentation(), [], [], [], []
-    for _ in range(60):
+    by_video = []
+    for video in range(60):
         probability, truth = frames(rng, 5)
-        got = metric.update(probability, truth)
+        before = len(curves)
+        cut = rng.integers(1, 5)  # a video may come in several batches
+        names = [f"{video}"] * 5
+        parts = [metric.update(probability[a:b], truth[a:b], names[a:b]) for a, b in ((0, cut), (cut, 5))]
+        got = torch.cat(parts)
         for p, t, value in zip(probability.numpy(), truth.numpy().astype(bool), got, strict=True):
             iou.append(benchmark_frame(p, t))
             assert value.item() == pytest.approx(iou[-1], abs=1e-6)
@@ -64,8 +69,11 @@ def test_binary_scores_on_three_hundred_frames():
                     right, marks = (reached & flat).sum(1), reached.sum(1)
                     f = 1.3 * right / np.maximum(0.3 * flat.sum() + marks, 1e-12)
                     kept.append(f if number == 255 else f.max())
-    expected = {"mIoU (benchmark)": np.mean(iou), "F (benchmark)": np.mean(curves, 0).max(),
-                "mIoU (release)": np.nanmean(np.nanmean(ious, 0)), "F (release)": np.mean(best)}  # fmt: skip
+        by_video.append(np.mean(curves[before:], 0).max() if len(curves) > before else 0.0)
+    assert 0 in by_video  # all of its frames are silent
+    expected = {"mIoU (benchmark)": np.mean(iou), "F (benchmark)": np.mean(by_video),
+                "mIoU (release)": np.nanmean(np.nanmean(ious, 0)), "F (release)": np.mean(best),
+                "F (ours)": np.mean(curves, 0).max()}  # fmt: skip
     assert metric.compute() == pytest.approx(expected, abs=1e-6)
 
 
@@ -74,13 +82,14 @@ def _iou(a, b):
 
 
 def test_semantic_scores_on_three_hundred_frames_are_scikit_learns():
-    rng, classes = np.random.default_rng(2), 6
-    metric, per_frame = SemanticSegmentation(classes), []
+    rng, classes, never = np.random.default_rng(2), 6, 1
+    metric, per_frame = SemanticSegmentation(classes + never), []
     for _ in range(60):
         height, width = rng.integers(1, 5, 2)
         logits = rng.standard_normal((5, classes, height, width))
         truth = rng.integers(0, rng.integers(1, classes + 1), (5, height, width))
-        got = metric.update(torch.from_numpy(logits), torch.from_numpy(truth))
+        unseen = np.full((5, never, height, width), -9.0)
+        got = metric.update(torch.from_numpy(np.concatenate((logits, unseen), 1)), torch.from_numpy(truth))
         for line, t, value in zip(logits.argmax(1), truth, got, strict=True):
             present = np.union1d(line, t)
             iou, f = np.full(classes, np.nan), np.full(classes, np.nan)
@@ -89,7 +98,11 @@ def test_semantic_scores_on_three_hundred_frames_are_scikit_learns():
             per_frame.append((t.any(), iou, f))
             assert value.item() == pytest.approx(np.nanmean(iou))
     found = metric.compute()
-    for definition, kept in (("benchmark", per_frame), ("release", [x for x in per_frame if x[0]])):
+    for name, column in (("mIoU", 1), ("F", 2)):  # a class that is never there counts 0, and is the last
+        mean = np.nanmean([x[column] for x in per_frame], axis=0)
+        assert found[f"{name} (benchmark)"] == pytest.approx(mean.sum() / 7, abs=1e-8)
+        assert found[f"{name} without background (benchmark)"] == pytest.approx(mean.mean(), abs=1e-8)
+    for definition, kept in (("ours", per_frame), ("release", [x for x in per_frame if x[0]])):
         for name, column in (("mIoU", 1), ("F", 2)):
             mean = np.nanmean([x[column] for x in kept], axis=0)
             assert found[f"{name} ({definition})"] == pytest.approx(mean.mean(), abs=1e-8)
@@ -98,17 +111,19 @@ def test_semantic_scores_on_three_hundred_frames_are_scikit_learns():
 
 def test_one_class_and_empty_frames():
     metric = BinarySegmentation()
-    metric.update(torch.zeros(2, 3, 3), torch.zeros(2, 3, 3))
+    metric.update(torch.zeros(2, 3, 3), torch.zeros(2, 3, 3), ["a", "a"])
     found = metric.compute()
     assert found["mIoU (benchmark)"] == pytest.approx(1)
-    assert all(math.isnan(found[name]) for name in ("F (benchmark)", "mIoU (release)", "F (release)"))
-    metric.update(torch.ones(1, 3, 3), torch.ones(1, 3, 3))
+    assert found["F (benchmark)"] == 0  # as the benchmark's code has it
+    assert all(math.isnan(found[name]) for name in ("F (ours)", "mIoU (release)", "F (release)"))
+    metric.update(torch.ones(1, 3, 3), torch.ones(1, 3, 3), ["a"])
     assert metric.compute() == pytest.approx(dict.fromkeys(found, 1.0))
 
     semantic = SemanticSegmentation(3)
     semantic.update(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2))  # a tie goes to the first class
     found = semantic.compute()
-    assert found["mIoU (benchmark)"] == 1
+    assert found["mIoU (ours)"] == 1
+    assert found["mIoU (benchmark)"] == pytest.approx(1 / 3)
     assert math.isnan(found["mIoU (release)"])
     iou, f = class_scores(torch.tensor([[1, 1]]), torch.tensor([[0, 0]]), 3)
     assert iou[0, :2].tolist() == [0, 0]
@@ -118,9 +133,9 @@ def test_one_class_and_empty_frames():
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"got \[1, 2, 2\] and \[1, 2, 3\]"):
-        BinarySegmentation().update(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3))
+        BinarySegmentation().update(torch.zeros(1, 2, 2), torch.zeros(1, 2, 3), ["a"])
     with pytest.raises(ValueError, match="probabilities in"):
-        BinarySegmentation().update(torch.full((1, 2, 2), 1.5), torch.zeros(1, 2, 2))
+        BinarySegmentation().update(torch.full((1, 2, 2), 1.5), torch.zeros(1, 2, 2), ["a"])
     with pytest.raises(ValueError, match="classes 0 to 2, got 0 to 3"):
         SemanticSegmentation(3).update(torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 3]]]))
     with pytest.raises(ValueError, match=r"logits \[B, 3, H, W\]"):
@@ -130,10 +145,10 @@ def test_what_does_not_fit_is_named():
 def test_what_several_processes_gathered_is_joined(monkeypatch):
     rng = np.random.default_rng(3)
     whole, parts = BinarySegmentation(), [BinarySegmentation(), BinarySegmentation()]
-    for part in (0, 1, 1):
+    for part, video in ((0, "a"), (1, "b"), (1, "a")):
         probability, truth = (torch.from_numpy(x) for x in (rng.random((2, 4, 4)), rng.integers(0, 2, (2, 4, 4))))
-        whole.update(probability, truth)
-        parts[part].update(probability, truth)
+        whole.update(probability, truth, [video] * 2)
+        parts[part].update(probability, truth, [video] * 2)
     states = [{name: getattr(part, name) for name in part.gathered} for part in parts]
     monkeypatch.setattr(segmentation.distributed, "gather", lambda own: states)
     assert parts[0].of_all_processes().compute() == pytest.approx(whole.compute(), abs=1e-12, nan_ok=True)
