@@ -48,11 +48,15 @@ def accelerate(model: nn.Module, *, compile: bool = True) -> Restore:
     before whatever adds hooks to other modules (FSDP), and look at tokens with `return_embs`.
 
     Raises:
-        ValueError: the model holds no such encoder, or it is not built as expected; says which attribute of which
-            module is missing, or which module would not be called. Nothing has been changed then.
+        ValueError: the model holds no such encoder, is compiled, or is not built as expected; says which attribute of
+            which module is missing, or which module would not be called. Nothing has been changed then.
 
     Source: Mo & Morgado, CVPR 2024, https://arxiv.org/abs/2312.01017; code: https://github.com/stoneMo/DeepAVFusion.
     """
+    for name, module in model.named_modules():
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            raise ValueError(f"accelerate: {name or 'the model'} is compiled: accelerate it first, and compile what that "
+                             "leaves (a model that torch.compile has wrapped is its _orig_mod)")  # fmt: skip
     encoders = {name: module for name, module in model.named_modules() if not _missing(module, ENCODER)}
     if not encoders:
         closest = min(model.modules(), key=lambda module: len(_missing(module, ENCODER)))
@@ -71,9 +75,10 @@ def accelerate(model: nn.Module, *, compile: bool = True) -> Restore:
 
 
 class Restore:
-    """Undoes `accelerate` when called. `report`: layer -> what runs there, and why."""
+    """Undoes `accelerate` when called; calling it again does nothing. `report`: layer -> what runs there, and why."""
 
     def __init__(self, encoders: dict[str, nn.Module], exchanged: list, compile: bool):
+        self.done = False
         self.encoders, self.exchanged, self.captured = encoders, exchanged, {}
         for name, encoder in encoders.items():
             theirs = {i: block for blocks, i, block, _ in exchanged if blocks is encoder.fusion_blocks}
@@ -82,6 +87,9 @@ class Restore:
             encoder.forward = partial(_forward, encoder, theirs, self.captured[name])
 
     def __call__(self) -> None:
+        if self.done:
+            return
+        self.done = True
         for blocks, i, theirs, ours in self.exchanged:
             blocks[i] = theirs.train(ours.training)
         for encoder in self.encoders.values():

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it was made with, its checkpoints, what it skipped, its curve, its export.
+"""The folder of a training run: what it was made with, its checkpoints, what it skipped, its curve.
 
 run.json                        settings, code, data
 checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in the data, generators
@@ -29,7 +29,6 @@ from avfusion import distributed
 from avfusion.common import write_json, writing
 from avfusion.data.loader import ClipLoader, multi_label
 from avfusion.data.samples import Source
-from avfusion.models.checkpoint import load_encoder, save_encoder
 from avfusion.training.task import Task
 
 NAMED = 8  # clips that an error message names
@@ -207,31 +206,3 @@ def note_skipped(out: Path, step: int, values: dict[str, float], source: Source,
         with open(out / "skipped.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | {k: repr(v) for k, v in values.items()} | {"clips": clips}) + "\n")
     return clips
-
-
-def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tuple[Path, int]:
-    """Write the encoder of a run's last checkpoint to one file; returns the file and the step.
-
-    The file is safetensors for `load_encoder`, or, for `authors`, a torch file in their checkpoint format: all weights,
-    the decoders' too, under `state_dict`, and beside them the encoder's `config`, which `load_encoder` reads. The
-    default name is RUN/encoder.safetensors or RUN/encoder.pth.
-
-    Raises ValueError where there is no checkpoint, or `out` has the suffix of the other format.
-    """
-    last = latest_checkpoint(run)
-    if last is None:
-        raise ValueError(f"{run}: no checkpoint of a pre-training run in it")
-    step, suffix = int(last.name.removeprefix("step-")), ".pth" if authors else ".safetensors"
-    out = out or run / f"encoder{suffix}"
-    if (out.suffix == ".safetensors") == authors:
-        raise ValueError(f"{out}: expected a name in {suffix}, which tells readers the format")
-    encoder = load_encoder(last / "model.safetensors")
-    if not authors:
-        save_encoder(encoder, out)
-        return out, step
-    clips, batch = (json.loads((run / "run.json").read_text())[k] for k in ("data", "settings"))
-    content = {"epoch": step // (clips["clips"] // batch["batch_size"]), "n_steps": step,
-               "config": json.dumps(asdict(encoder.config))}  # fmt: skip
-    with writing(out) as part:
-        torch.save(content | {"state_dict": load_file(last / "model.safetensors")}, part)
-    return out, step

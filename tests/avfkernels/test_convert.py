@@ -370,3 +370,31 @@ def test_other_refusals():
 
     with pytest.raises(ValueError, match="forward takes video, audio; expected image, audio, image_ids_keep"):
         accelerate(Video("dense", **SMALL))
+
+
+def test_a_compiled_model_is_refused_with_what_to_do():
+    for compiled in (torch.compile(build("dense"), backend="eager"), build("dense")):
+        if not hasattr(compiled, "_orig_mod"):
+            compiled.compile(backend="eager")
+        with pytest.raises(
+            ValueError, match="the model is compiled: accelerate it first, and compile what that leaves"
+        ):
+            accelerate(compiled)
+    wrapped = torch.nn.Sequential(torch.compile(build("dense"), backend="eager"))
+    with pytest.raises(ValueError, match="accelerate: 0 is compiled"):
+        accelerate(wrapped)
+    accelerate(wrapped[0]._orig_mod)()
+
+
+def test_restoring_twice_is_harmless():
+    model = build("dense")
+    blocks = list(model.fusion_blocks)
+    restore = accelerate(model)
+    restore()
+    restore()
+    assert list(model.fusion_blocks) == blocks
+    again = accelerate(model)
+    restore()  # of the first time: it leaves the second alone
+    assert list(model.fusion_blocks) != blocks
+    again()
+    assert list(model.fusion_blocks) == blocks

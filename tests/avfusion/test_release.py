@@ -14,6 +14,7 @@ from avfusion.metrics.separation import apply_mask
 from avfusion.models.heads.classifier import Classifier, class_loss, log_prior
 from avfusion.tasks import task_class
 from avfusion.tasks.recognition import mixed, smoothed
+from avfusion.training.export import released_moments
 from avfusion.training.optim import adamw, lars, layer_decay_groups, set_rate
 
 RECIPE = json.loads((GOLDEN / "recipe.json").read_text())
@@ -73,6 +74,22 @@ def test_groups_of_pretraining():
     found = {name: [group["weight_decay"], group["pretrained"]]
              for group, names in zip(groups, names_of(model, groups), strict=True) for name in names}  # fmt: skip
     assert found == RECIPE["groups_pretrain"]
+
+
+def test_moments_are_exported_in_the_releases_groups_and_order():
+    model, started = pretraining(), ["encoder.image.", "encoder.audio."]
+    optimizer = adamw(model, weight_decay=0.05, betas=(0.9, 0.95), pretrained=started)
+    groups = [group | {"params": names} for group, names in
+              zip(optimizer.param_groups, names_of(model, optimizer.param_groups), strict=True)]  # fmt: skip
+    moments = {"param_groups": groups, "state": {name: name for group in groups for name in group["params"]}}
+    found = released_moments(moments, started)
+    assert [group["params"] for group in found["param_groups"]][1][0] == len(found["param_groups"][0]["params"])
+    order = {
+        found["state"][number]: [group["weight_decay"], group["pretrained"]]
+        for group in found["param_groups"]
+        for number in group["params"]
+    }
+    assert list(order.items()) == list(RECIPE["groups_pretrain"].items())
 
 
 def test_ten_steps_of_pretraining():

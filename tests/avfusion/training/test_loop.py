@@ -26,8 +26,9 @@ from avfusion.tasks.pretrain import Pretrain, PretrainConfig
 from avfusion.training import loop as train
 from avfusion.training import run_folder
 from avfusion.training.config import load_config
+from avfusion.training.export import export
 from avfusion.training.optim import rise, set_rate
-from avfusion.training.run_folder import RunError, export, latest_checkpoint
+from avfusion.training.run_folder import RunError, latest_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
@@ -418,6 +419,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from avfkernels import layer
 from avfusion.tasks.pretrain import Pretrain, PretrainConfig
 from avfusion.training import loop as train
+from avfusion.training import run_folder
 
 torch.set_num_threads(1)
 graphs = CompileCounterWithBackend("aot_eager")
@@ -478,20 +480,52 @@ def _together(out):
     ]
 
 
-@pytest.mark.parametrize("authors", [False, True])
-def test_an_exported_encoder_loads_and_is_the_runs(config, undisturbed, tmp_path, authors):
-    out = tmp_path / ("encoder.pth" if authors else "encoder.safetensors")
-    assert (
-        main(["export", str(undisturbed), "--out", str(out), "--format", "authors" if authors else "safetensors"]) == 0
-    )
-    model = load_encoder(out)
-    assert model.config == config.encoder
-    weights = files(undisturbed)[0]
-    assert all(torch.equal(value, weights[f"encoder.{key}"]) for key, value in model.state_dict().items())
-    if authors:
-        content = torch.load(out, weights_only=True)
-        assert content["state_dict"].keys() == weights.keys()
-        assert (content["epoch"], content["n_steps"]) == (3, STEPS)
+def test_an_exported_encoder_loads_and_is_the_runs(config, undisturbed, tmp_path):
+    for name, options in (("encoder.safetensors", []), ("encoder.pth", ["--format", "authors"])):
+        assert main(["export", str(undisturbed), "--out", str(tmp_path / name), *options]) == 0
+        model, weights = load_encoder(tmp_path / name), files(undisturbed)[0]
+        assert model.config == config.encoder
+        assert all(torch.equal(value, weights[f"encoder.{key}"]) for key, value in model.state_dict().items())
+
+
+def as_released(model, content):
+    """What the authors' trainer resumes: their groups, and what their checkpoint manager reads."""
+    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    first = [name for name in names if name.startswith("audio_decoder")]
+    first = [n for n in first if "." not in n] + [n for n in names if n.startswith("image_decoder") and "." not in n]
+    names = {n: names[n] for n in first} | {n: p for n, p in names.items() if n.startswith("encoder.")} | {
+        n: names[n] for kind in ("audio", "image") for n in names if n.startswith(f"{kind}_decoder") and "." in n
+    }  # fmt: skip
+    groups = [{"params": [p for p in names.values() if (p.ndim > 1) == decays], "weight_decay": 0.05 * decays}
+              for decays in (False, True)]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
+    model.load_state_dict(content["state_dict"])
+    optimizer.load_state_dict(content["optimizer"])
+    steps = torch.tensor([0])
+    steps.data[:] = content["n_steps"].data
+    return optimizer, steps, content["epoch"]
+
+
+def test_an_export_for_the_authors_is_resumed_by_their_trainer(config, undisturbed, tmp_path):
+    """One step more of theirs, from what is exported, is one step more of ours."""
+    path, step = export(undisturbed, tmp_path / "checkpoint_latest.pth", authors=True)
+    theirs, task = Pretrain(config).build(), Pretrain(config)
+    optimizer, steps, epoch = as_released(theirs, torch.load(path, weights_only=True))
+    assert (steps.item(), step, epoch) == (STEPS, STEPS, 3)
+    torch.amp.GradScaler("cpu").load_state_dict(torch.load(path, weights_only=True)["scaler"])
+    ours = task.build()
+    own = task.optimizer(ours)
+    loader = task.loader(task.open(), 4, train=True)
+    run_folder.load_checkpoint(latest_checkpoint(undisturbed), ours, own, loader, torch.device("cpu"))
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 3, 64, 64), torch.randn(2, 1, 32, 64), torch.rand(2, 16), torch.rand(2, 8))
+    for model, taking in ((ours.eval(), own), (theirs.eval(), optimizer)):
+        sum(task.losses(model, *inputs).values()).backward()
+        for group in taking.param_groups:
+            group["lr"] = 0.01
+        taking.step()
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
 
 
 def test_export_errors(undisturbed, tmp_path):
