@@ -55,8 +55,8 @@ def accelerate(model: nn.Module, *, compile: bool = True) -> Restore:
     """
     for name, module in model.named_modules():
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
-            raise ValueError(f"accelerate: {name or 'the model'} is compiled: accelerate it first, and compile what that "
-                             "leaves (a model that torch.compile has wrapped is its _orig_mod)")  # fmt: skip
+            raise ValueError(f"accelerate: {name or 'the model'} is compiled: accelerate it first, and compile what "
+                             "that leaves (a model that torch.compile has wrapped is its _orig_mod)")  # fmt: skip
     encoders = {name: module for name, module in model.named_modules() if not _missing(module, ENCODER)}
     if not encoders:
         closest = min(model.modules(), key=lambda module: len(_missing(module, ENCODER)))

@@ -95,7 +95,9 @@ def evaluating(model: DeepAVFusion, compile: bool | None) -> Iterator[None]:
 def pooled_features(
     encoder: DeepAVFusion, batches: Iterable[Batch], mel: nn.Module, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Features of labelled clips, in the order of the data set: name -> [N, D], and labels [N].
+    """Features of labelled clips, in the order of the data set: name -> [N, D], and labels.
+
+    Labels are [N] where each clip has one, and [N, C], 0 or 1, where some have several.
 
     `image`, `audio` and `fusion` are means over the encoder's tokens, each then of length 1; `joint` is all three side
     by side. Every process encodes its own batches, in autocast to `dtype`, and gets the features of all. Clips without
@@ -107,12 +109,15 @@ def pooled_features(
             image, audio = batch.image.to(device), mel(batch.waveform.to(device))
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 pooled = torch.stack([F.normalize(x.float().mean(1), dim=-1) for x in encoder(image, audio)], dim=1)
-            rows.append((batch.index, batch.label, pooled.cpu()))
+            labels = torch.empty(len(batch.index), 0) if batch.labels is None else batch.labels
+            rows.append((batch.index, batch.label, labels, pooled.cpu()))
     rows = distributed.gather(rows)
     if not rows:
         return dict.fromkeys((*names, "joint"), torch.empty(0, 0)), torch.empty(0, dtype=torch.long)
-    index, label, pooled = (torch.cat(column) for column in zip(*rows, strict=True))
+    index, label, labels, pooled = (torch.cat(column) for column in zip(*rows, strict=True))
+    several = bool((labels.sum(1) > 1).any())
     order = index.argsort()
-    order = order[label[order] >= 0]
+    order = order[(labels.sum(1) > 0)[order] if several else label[order] >= 0]
     pooled = pooled[order]
-    return dict(zip(names, pooled.unbind(1), strict=True)) | {"joint": pooled.flatten(1)}, label[order]
+    features = dict(zip(names, pooled.unbind(1), strict=True)) | {"joint": pooled.flatten(1)}
+    return features, labels[order] if several else label[order]

@@ -3,9 +3,13 @@
 The oracle of `nearest` is scikit-learn's NearestNeighbors by cosine.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from avfusion.metrics.recognition import multilabel_scores
 
 CHUNK = 4096  # rows compared at a time
 
@@ -39,3 +43,25 @@ def chance(labels: Tensor) -> float:
     """The expected accuracy of a neighbour drawn at random from the other rows."""
     counts = torch.bincount(labels).double()
     return (counts * (counts - 1)).sum().item() / (len(labels) * (len(labels) - 1))
+
+
+def neighbour_scores(features: Mapping[str, Tensor], labels: Tensor) -> dict[str, float]:
+    """How well the nearest other row tells labels, of each of several features of the same clips, by name [N, D].
+
+    `labels` [N], one a clip: the accuracy of each, and "chance". Or [N, C], 0 or 1: "... AP" and "... AUC", means over
+    the classes that are there, where a clip's scores are its neighbour's labels times their cosine (as the release
+    scores AudioSet); and "chance AP", of random scores.
+
+    Raises ValueError where there are fewer than two rows.
+    """
+    if len(labels) < 2:
+        raise ValueError(f"{len(labels)} labelled clips: a nearest-neighbour probe needs two or more")
+    if labels.ndim == 1:
+        return {name: leave_one_out_accuracy(x, labels) for name, x in features.items()} | {"chance": chance(labels)}
+    found = {}
+    for name, x in features.items():
+        cosine, neighbour = nearest(x, x, leave_one_out=True)
+        scores = multilabel_scores(labels[neighbour[:, 0]] * cosine.to(labels.dtype), labels)
+        found |= {f"{name} AP": scores["mAP"], f"{name} AUC": scores["AUC"]}
+    there = labels[:, labels.sum(0) > 0]
+    return found | {"chance AP": there.double().mean().item()}

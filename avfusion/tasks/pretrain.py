@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from avfusion import distributed
 from avfusion.common import setting
 from avfusion.data.loader import Batch, ClipLoader
-from avfusion.data.samples import Selection, Source, one_label
+from avfusion.data.samples import Selection, Source
+from avfusion.data.table import Row
 from avfusion.embedding.embed import pooled_features
-from avfusion.metrics.neighbours import chance, leave_one_out_accuracy
+from avfusion.metrics.neighbours import neighbour_scores
 from avfusion.models.checkpoint import load_unimodal
 from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
 from avfusion.models.mae import AVMAE
@@ -111,22 +112,16 @@ class Pretrain(Task):
         return chosen
 
     def evaluated(self, source: Source) -> Sequence[int]:
-        """Clips with one label, whose neighbours can be compared; where none has, any, to draw."""
-        return [i for i, row in enumerate(source.rows) if one_label(row) is not None] or range(len(source.rows))
+        """Clips with labels, whose neighbours can be compared; where none has, any, to draw."""
+        return [i for i, row in enumerate(source.rows) if _has_label(row)] or range(len(source.rows))
 
     def evaluate(self, model: AVMAE, loader: ClipLoader, dtype: torch.dtype) -> Result:
         """Leave-one-out nearest neighbours of labelled clips (the paper's Fig. 3); nothing where none has a label."""
         return Result(self.neighbours(model.encoder, loader, dtype) if _labelled(loader.source) else {})
 
     def neighbours(self, encoder: DeepAVFusion, loader: ClipLoader, dtype: torch.dtype) -> dict[str, float]:
-        """Nearest-neighbour accuracy of image, audio, fusion and joint features, and that of chance.
-
-        Raises ValueError where fewer than two clips have a label.
-        """
-        features, labels = pooled_features(encoder, loader, self.mel, dtype)
-        if len(labels) < 2:
-            raise ValueError(f"{len(labels)} labelled clips: a nearest-neighbour probe needs two or more")
-        return {name: leave_one_out_accuracy(x, labels) for name, x in features.items()} | {"chance": chance(labels)}
+        """`neighbour_scores` of image, audio, fusion and joint features."""
+        return neighbour_scores(*pooled_features(encoder, loader, self.mel, dtype))
 
     def draw(self, model: AVMAE, loader: ClipLoader, rows: list[int], path: Path) -> None:
         """Input, masked and reconstructed frames and spectrograms."""
@@ -140,6 +135,10 @@ class Pretrain(Task):
     draw_curve = staticmethod(plot_curve)
 
 
+def _has_label(row: Row) -> bool:
+    return row.label is not None or bool(row.labels)
+
+
 def _labelled(source: Source) -> bool:
-    """Whether nearest neighbours can be compared: several clips have one label each."""
-    return sum(row.label is not None for row in source.rows) > 1
+    """Whether nearest neighbours can be compared: several clips have labels."""
+    return sum(map(_has_label, source.rows)) > 1

@@ -16,7 +16,7 @@ from avfusion.common import setting
 from avfusion.data.loader import ClipLoader
 from avfusion.embedding.embed import pooled_features
 from avfusion.media.clip import Clip
-from avfusion.metrics.neighbours import chance, leave_one_out_accuracy
+from avfusion.metrics.neighbours import neighbour_scores
 from avfusion.metrics.retrieval import paired_ranks, retrieval_scores
 from avfusion.models.heads.contrast import Contrast, info_nce, similarity
 from avfusion.tasks.downstream import SMALL, TRAINED, Downstream, DownstreamConfig, Prediction, samples_of
@@ -99,10 +99,9 @@ class Retrieve(Contrastive):
         index, pictures, sounds = gathered(rows)
         summary, count = retrieval_scores(sounds, pictures), len(index)
         summary |= {"chance_recall@10": min(10 / count, 1.0), "chance_median_rank": (count + 1) / 2}
-        if sum(row.label is not None for row in source.rows) > 1:
-            features, labels = pooled_features(model.encoder, loader, self.mel, dtype)
-            summary |= {f"nearest_neighbour_{name}": leave_one_out_accuracy(x, labels) for name, x in features.items()}
-            summary["nearest_neighbour_chance"] = chance(labels)
+        if sum(row.label is not None or bool(row.labels) for row in source.rows) > 1:
+            found = neighbour_scores(*pooled_features(model.encoder, loader, self.mel, dtype))
+            summary |= {f"nearest_neighbour_{name}": value for name, value in found.items()}
         of_image, of_audio = (ranks.tolist() for ranks in paired_ranks(sounds, pictures))
         scores = [-(a + b) / 2 for a, b in zip(of_image, of_audio, strict=True)]
         return Result(summary, samples_of(source, index, scores, rank_of_image=of_image, rank_of_audio=of_audio))

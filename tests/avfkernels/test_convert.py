@@ -376,9 +376,7 @@ def test_a_compiled_model_is_refused_with_what_to_do():
     for compiled in (torch.compile(build("dense"), backend="eager"), build("dense")):
         if not hasattr(compiled, "_orig_mod"):
             compiled.compile(backend="eager")
-        with pytest.raises(
-            ValueError, match="the model is compiled: accelerate it first, and compile what that leaves"
-        ):
+        with pytest.raises(ValueError, match="the model is compiled: accelerate it first, and compile"):
             accelerate(compiled)
     wrapped = torch.nn.Sequential(torch.compile(build("dense"), backend="eager"))
     with pytest.raises(ValueError, match="accelerate: 0 is compiled"):

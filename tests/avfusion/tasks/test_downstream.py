@@ -35,12 +35,19 @@ ENCODER = EncoderConfig(
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 LAYOUTS = {"localize": "flickr-soundnet", "separate": "vggsound-music", "segment": "avsbench"}
 SUMMARY = {
-    "probe": {"top-1", "chance"},
-    "finetune": {"top-1", "chance"},
+    "probe": {"top-1", "chance", "top-1 image", "top-1 (3 views)", "top-1 fusion (3 views)"},
+    "finetune": {"top-1", "chance", "top-1 image", "top-1 audio", "top-1 fusion"},
     "retrieve": {"audio_to_image_recall@10", "image_to_audio_median_rank", "nearest_neighbour_fusion"},
     "localize": {"cIoU@0.5 contrast", "AUC attention", "cIoU@0.5 center", "AUC other sound"},
     "separate": {"SDR", "SIR", "SAR", "SDR mixture", "SDR oracle", "SDR NMF", "SAR RPCA"},
-    "segment": {"mIoU (benchmark)", "mIoU (release)", "foreground F (benchmark)", "foreground mIoU (benchmark) center"},
+    "segment": {
+        "mIoU (benchmark)",
+        "mIoU (release)",
+        "mIoU without background (ours)",
+        "foreground F (benchmark)",
+        "foreground F (ours)",
+        "foreground mIoU (benchmark) center",
+    },
 }
 
 
@@ -97,7 +104,8 @@ def test_a_task_trains_evaluates_and_predicts(name, trained, clips, tmp_path, ca
     facts = json.loads((run / "run.json").read_text())
     assert facts["task"] == name
 
-    assert main([name, "eval", str(run)]) == 0
+    views = ["--views", "3"] if name == "probe" else []
+    assert main([name, "eval", str(run), *views]) == 0
     summary = json.loads((run / "eval" / "summary.json").read_text())
     assert summary["summary"].keys() >= SUMMARY[name]
     with open(run / "eval" / "samples.csv", newline="") as file:
@@ -180,7 +188,7 @@ def test_clips_with_several_labels_are_evaluated_too(encoder, tmp_path):
     assert main(["finetune", "eval", str(run)]) == 0
     summary = json.loads((run / "eval" / "summary.json").read_text())
     assert summary["clips"] == len(table)
-    assert "mAP" in summary["summary"]
+    assert {"mAP", "AUC", "mAP image", "AUC fusion"} <= summary["summary"].keys()
     with open(run / "eval" / "samples.csv", newline="") as file:
         assert any(";" in row["labels"] for row in csv.DictReader(file))
 
@@ -334,21 +342,6 @@ def test_a_mixture_costs_two_passes():
     assert task.flop() == 2 * super(Separate, task).flop()
 
 
-def test_mixup_and_smoothing(clips):
-    config = Finetune.settings.of(data="x", from_scratch=True, mixup=0.5, smoothing=0.1)
-    task = Finetune(config, ENCODER, ("a", "b", "c", "d"))
-    image, audio, target = torch.randn(4, 3, 2, 2), torch.randn(4, 1, 2, 2), torch.eye(4)
-    mixed = task.mix(image, audio, target, torch.arange(4), 0, True)
-    again = task.mix(image, audio, target, torch.arange(4), 0, True)
-    assert all(torch.equal(a, b) for a, b in zip(mixed, again, strict=True))
-    assert mixed[2].sum(1) == pytest.approx(torch.ones(4))
-    share = (mixed[0] - image.flip(0))[0, 0, 0, 0] / (image - image.flip(0))[0, 0, 0, 0]
-    torch.testing.assert_close(mixed[0], share * image + (1 - share) * image.flip(0))
-    torch.testing.assert_close(mixed[1], share * audio + (1 - share) * audio.flip(0))
-    smooth = 0.9 * target + 0.1 / 4
-    torch.testing.assert_close(mixed[2], share * smooth + (1 - share) * smooth.flip(0))
-
-
 def test_contrast_compares_the_best_patch_and_never_mixes_clips():
     torch.manual_seed(0)
     model = Contrast(DeepAVFusion(ENCODER), 8).eval()
@@ -379,6 +372,6 @@ def test_presets_name_settings_that_exist():
     for name in DOWNSTREAM:
         task = task_class(name)
         assert task.name == name
-        assert set(task.presets) == {"paper", "tiny"}
+        assert {"paper", "tiny"} <= set(task.presets)
         for settings in task.presets.values():
             task.settings.of(**{"data": "somewhere", "from_scratch": True} | settings)
