@@ -34,7 +34,7 @@ def unimodal_block(config: EncoderConfig, tokens: int, prefix: int, *, materiali
 
 def aggregation(config: EncoderConfig, latents: int, tokens: int, *, materialised: bool) -> int:
     """Cross-attention of a few latents over the tokens of one modality: projected, or absorbed (R2) if that is less."""
-    D, queries = config.dim, latents * config.num_heads
+    D, queries = config.dim, latents * config.heads_of_fusion
     projected = linear(tokens, D, 2 * D) + attention(latents, tokens, D, D)
     absorbed = 2 * linear(latents, D, D) + attention(queries, tokens, D, D)
     return 2 * linear(latents, D, D) + (projected if materialised else min(projected, absorbed))
