@@ -31,6 +31,7 @@ from avfusion.data.table import (
 from avfusion.data.vggsound import SPLITS, vggsound, vggsound_instruments, vggsound_music, vggss
 
 ORDERS = ("names", "folders")
+NUMBERED = ("audioset", "avsbench")  # sets that number their classes themselves
 
 
 def read(layout: str, root: str | os.PathLike, split: str | None = None, *, label_order: str = "names") -> Table:
@@ -50,6 +51,8 @@ def read(layout: str, root: str | os.PathLike, split: str | None = None, *, labe
         raise ValueError(unknown("layout", layout, LAYOUTS))
     if label_order not in ORDERS:
         raise ValueError(unknown("label_order", label_order, ORDERS))
+    if label_order == "folders" and layout in NUMBERED:
+        raise ValueError(f"label_order='folders': the classes of {layout} are numbered as the set numbers them")
     root, split = Path(root), None if split == "all" else split
     if not root.is_dir():
         raise LayoutError(f"{root}: {'not a directory' if root.exists() else 'no such directory'}")

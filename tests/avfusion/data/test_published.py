@@ -95,6 +95,8 @@ def test_labels_in_the_order_of_the_releases_folders(tmp_path):
     assert ours.sha256 != theirs.sha256
     with pytest.raises(ValueError, match="label_order='folder': expected one of names, folders; did you mean folders"):
         data.read("vggsound", root, label_order="folder")
+    with pytest.raises(ValueError, match="the classes of avsbench are numbered as the set numbers them"):
+        data.read("avsbench", root, label_order="folders")
 
 
 @pytest.mark.parametrize(
