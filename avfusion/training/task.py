@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from avfusion import data, distributed
 from avfusion.data.loader import Batch, ClipLoader
 from avfusion.data.samples import Selection, Source, Tensors, Windows, window
-from avfusion.data.table import find_videos
+from avfusion.data.table import find_videos, folder_name
 from avfusion.media.transforms import image_transform, preprocessing
 from avfusion.models.deepavfusion import EncoderConfig
 from avfusion.synth.make import synthesize
@@ -124,13 +124,14 @@ class Task(ABC):
         config = self.config.data
         layout, cache = config.layout, config.shard_cache
         if layout == "shards":
-            if config.label_order != "names":
-                raise ValueError(f"{where}: shards have the order that they were packed in: give --label-order to "
-                                 "`avfusion shard`")  # fmt: skip
             if "://" in where and not cache:
                 raise ValueError(f"{where}: shards at an address need --shard-cache, a folder that keeps what is "
                                  "fetched")  # fmt: skip
-            return data.Shards(where, split, cache=cache or None)
+            shards = data.Shards(where, split, cache=cache or None)
+            if config.label_order == "folders" and list(shards.classes) != sorted(shards.classes, key=folder_name):
+                raise ValueError(f"{where}: classes are in another order than --label-order folders: pack the shards "
+                                 "with it")  # fmt: skip
+            return shards
         if layout == "vggsound" and not Path(where, "annotations").exists() and find_videos(Path(where)):
             distributed.say(f"{where}: no annotations/vggsound.csv: taken as a folder of videos, --layout folder")
             layout = "folder"

@@ -143,6 +143,15 @@ def test_views_of_a_video_file_are_its_moments(tmp_path):
     assert [clip.frame_time for clip in clips] == pytest.approx([1.0, 3.0, 5.0], abs=0.1)
 
 
+def test_shards_that_are_packed_in_another_order_of_classes_are_refused(monkeypatch):
+    packed = Source([0, 1], classes=("cattle mooing", "cattle, bovinae cowbell"))
+    monkeypatch.setattr(data, "Shards", lambda *given, **options: packed)
+    with pytest.raises(ValueError, match="x: classes are in another order than --label-order folders: pack the shards"):
+        task(Probe, layout="shards", label_order="folders").read("x", "train")
+    packed.classes = packed.classes[::-1]
+    assert task(Probe, packed.classes, layout="shards", label_order="folders").read("x", "train") is packed
+
+
 # --- separation -------------------------------------------------------------------------------------------------------
 
 
