@@ -79,9 +79,12 @@ class Table:
         classes = tuple(sorted(self.classes, key=folder_name))
         new = {old: classes.index(name) for old, name in enumerate(self.classes)}
         rows = [
-            replace(row, label=new.get(row.label), labels=tuple(new[label] for label in row.labels))
+            replace(
+                row, label=new.get(row.label), labels=tuple(new[label] for label in row.labels),
+                extra=row.extra | ({"label_2": new[row.extra["label_2"]]} if "label_2" in row.extra else {}),
+            )
             for row in self.rows
-        ]
+        ]  # fmt: skip
         return replace(self, rows=tuple(rows), classes=classes)
 
     def where(self, wanted: Callable[[Row], bool]) -> "Table":

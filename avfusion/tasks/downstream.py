@@ -40,7 +40,8 @@ SMALL = {"workers": 2, "synth_classes": 6, "batch_size": 32}
 class EncoderSettings(Checked):
     weights: str = setting("", "pre-trained weights: a run of `avfusion pretrain`, or a file that `load_encoder` reads",
                            name="encoder")  # fmt: skip
-    fusion_num_heads: int = setting(0, "heads of its fusion blocks, where the weights do not tell them", least=0)
+    fusion_num_heads: int = setting(0, "heads of its fusion blocks (default: as the weights tell, or a guess that is "
+                                       "named)", least=0)  # fmt: skip
     from_scratch: bool = setting(False, "start from random weights, of the shape of --encoder or else the paper's")
     drop_path: float = setting(0.0, "stochastic depth of the encoder")
     layer_decay: float = setting(0.75, "share of the learning rate that a layer gets of the next one's")

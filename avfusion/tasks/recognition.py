@@ -56,8 +56,7 @@ PROBE_PRESETS = {
 
 FINETUNE_PRESETS = {
     "paper": TRAINED | {"epochs": 100, "accumulation": 4, "warmup_epochs": 20.0, "drop_path": 0.2},
-    "paper-audioset": TRAINED | AUDIOSET | {"epochs": 200, "accumulation": 4, "warmup_epochs": 20.0,
-                                                       "drop_path": 0.2},
+    "paper-audioset": TRAINED | AUDIOSET | {"epochs": 200, "accumulation": 4, "warmup_epochs": 20.0, "drop_path": 0.2},
     "tiny": SMALL | {"data": "data/tiny", "synth_clips": 1000, "epochs": 8, "blr": 8e-3, "warmup_epochs": 1.0,
                      "drop_path": 0.1, "mixup": 0.2, "eval_epochs": 4},
 }  # fmt: skip
@@ -68,9 +67,7 @@ class Recognition(Downstream):
 
     measures = "top-1 and top-5 accuracy; for several labels a clip mAP, AUC and d-prime; of each modality too"
     freeze_encoder: bool
-    views = (
-        0  # windows of a clip, spread over 10 s, whose logits an evaluation averages, beside those of the middle one
-    )
+    views = 0  # windows spread over 10 s of a clip, whose logits an evaluation averages beside the middle one's
 
     def build(self, *, weights: bool = False) -> Classifier:
         return Classifier(self.build_encoder(weights=weights), len(self.classes), freeze_encoder=self.freeze_encoder)

@@ -156,6 +156,8 @@ def test_pairs_of_vggsound_music_name_instruments_by_both_names(tmp_path):
     assert train.classes == pairs.classes == ("cello", "violin")
     assert pairs.rows[0].labels == (1, 0)
     assert pairs.rows[0].extra["path_2"] == train.rows[1].path
+    ordered = data.read("vggsound-music", root, "pairs", label_order="folders")
+    assert (ordered.rows[0].labels, ordered.rows[0].extra["label_2"]) == ((1, 0), 0)
     with pytest.raises(data.LayoutError, match=r"vggsound_music_test\.csv: no such file"):
         data.read("vggsound-music", root, "test")
 

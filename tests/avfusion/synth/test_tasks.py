@@ -58,6 +58,7 @@ def product(seen, heard, train):
 
 
 # Fifteen hundred scenes are drawn: fewer could not tell 0.25 from a little more.
+@pytest.mark.slow
 def test_only_the_pair_tells_the_label_of_the_conjunction_task():
     """Chance is 0.25; three standard deviations of it on 400 clips are 0.065."""
     small = Settings(classes=4, size=48, seconds=1.5)
