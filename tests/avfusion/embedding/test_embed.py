@@ -266,6 +266,23 @@ def test_program_embeds_with_a_checkpoint(clips, tmp_path):
     torch.testing.assert_close(features.pooled, embed_clips(model, clips["good"]).pooled, rtol=1e-4, atol=1e-5)
 
 
+def test_heads_that_a_checkpoint_does_not_tell_are_given_or_named(clips, tmp_path, capsys):
+    model = small_model(dim=64, num_heads=1, fusion_num_heads=2, image_size=(32, 32), audio_size=(128, 64))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "c.pth")
+    line = ["embed", clips["good"][0], "--checkpoint", str(tmp_path / "c.pth"), "--out"]
+    assert main([*line, str(tmp_path / "named.safetensors")]) == 0
+    assert "embed: warning:" in (said := capsys.readouterr().err)
+    assert "neither keys nor shapes tell num_heads=1, fusion_num_heads=1: assumed" in said
+    assert main([*line, str(tmp_path / "given.safetensors"), "--fusion-num-heads", "2"]) == 0
+    expected = embed_clips(model, clips["good"][:1])
+    found = {name: Features.load(tmp_path / f"{name}.safetensors").x_fusion for name in ("named", "given")}
+    torch.testing.assert_close(found["given"], expected.x_fusion, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found["named"], expected.x_fusion, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit):
+        main(["embed", clips["good"][0], "--fusion-num-heads", "2", "--out", str(tmp_path / "x.safetensors")])
+    assert "--fusion-num-heads is of a checkpoint" in capsys.readouterr().err
+
+
 def test_help_teaches_and_loads_nothing_heavy(tmp_path):
     code = (
         "import sys; from avfusion.cli import main\ntry: main(['embed', '-h'])\nfinally: print('torch' in sys.modules)"
