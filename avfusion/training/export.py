@@ -1,13 +1,14 @@
 """The encoder of a pre-training run as one file: for `load_encoder`, or to be resumed by the authors' trainer."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from avfusion.common import writing
 from avfusion.models.checkpoint import load_encoder, save_encoder
@@ -21,9 +22,9 @@ def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tupl
     """Write the encoder of a run's last checkpoint to one file; returns the file and the step.
 
     The file is safetensors for `load_encoder`, or, for `authors`, a torch file in their checkpoint format, which
-    `load_encoder` reads too and their trainer resumes as `checkpoint_latest.pth`: all weights, the decoders' too, under
-    `state_dict`, the moments of AdamW, a gradient scaler as it begins, the finished epochs and the steps, and the
-    encoder's `config`. The default name is RUN/encoder.safetensors or RUN/encoder.pth.
+    `load_encoder` reads too: all weights, the decoders' too, under `state_dict`, the finished epochs and the steps, and
+    the encoder's `config`; of a pre-training run also the moments of AdamW and a gradient scaler as it begins, so that
+    their trainer resumes it as `checkpoint_latest.pth`. The default name is RUN/encoder.safetensors or RUN/encoder.pth.
 
     Raises ValueError where there is no checkpoint, or `out` has the suffix of the other format.
     """
@@ -38,27 +39,30 @@ def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tupl
     if not authors:
         save_encoder(encoder, out)
         return out, step
-    clips, settings = (json.loads((run / "run.json").read_text())[k] for k in ("data", "settings"))
-    weights = load_file(last / "model.safetensors")
-    moments = torch.load(last / "state.pt", map_location="cpu", weights_only=True)["optimizer"]
-    started = [f"encoder.{name}." for name in ("image", "audio") if settings.get(f"{name}_weights")]
+    facts, weights = json.loads((run / "run.json").read_text()), load_file(last / "model.safetensors")
+    settings = facts["settings"]
     content = {
         "state_dict": weights,
         "n_steps": torch.tensor([step]),
-        "optimizer": released_moments(moments, started),
-        "scaler": SCALER,
-        "epoch": step // (clips["clips"] // settings["batch_size"]),
+        "epoch": step // (facts["data"]["clips"] // settings["batch_size"]),
         "config": json.dumps(asdict(encoder.config)),
     }
+    if facts["task"] == "pretrain":
+        moments = torch.load(last / "state.pt", map_location="cpu", weights_only=True)["optimizer"]
+        started = [f"encoder.{name}." for name in ("image", "audio") if settings[f"{name}_weights"]]
+        content |= {"optimizer": released_moments(moments, weights, started), "scaler": SCALER}
     with writing(out) as part:
         torch.save(content, part)
     return out, step
 
 
-def released_moments(moments: dict[str, Any], pretrained: Iterable[str]) -> dict[str, Any]:
+def released_moments(
+    moments: dict[str, Any], weights: Mapping[str, Tensor], pretrained: Iterable[str]
+) -> dict[str, Any]:
     """The state of AdamW by names of weights -> by numbers, in the release's groups and their order.
 
-    That is: weights without decay and with it; then, of each ViT that started from pre-trained weights, likewise.
+    That is: weights without decay (vectors) and with it; then, of each ViT that started from pre-trained weights,
+    likewise. `pretrained` are the prefixes of these.
     """
     found = [(name, group) for group in moments["param_groups"] for name in group["params"]]
     found.sort(key=lambda pair: _released_order(pair[0]))
@@ -67,7 +71,7 @@ def released_moments(moments: dict[str, Any], pretrained: Iterable[str]) -> dict
         for decays in (False, True):
             members = [
                 (name, group) for name, group in found
-                if bool(group["weight_decay"]) == decays
+                if (weights[name].ndim > 1) == decays
                 and next((p for p in pretrained if name.startswith(p)), None) == part
             ]  # fmt: skip
             numbers = range(len(state), len(state) + len(members))

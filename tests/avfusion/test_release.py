@@ -82,7 +82,7 @@ def test_moments_are_exported_in_the_releases_groups_and_order():
     groups = [group | {"params": names} for group, names in
               zip(optimizer.param_groups, names_of(model, optimizer.param_groups), strict=True)]  # fmt: skip
     moments = {"param_groups": groups, "state": {name: name for group in groups for name in group["params"]}}
-    found = released_moments(moments, started)
+    found = released_moments(moments, dict(model.named_parameters()), started)
     assert [group["params"] for group in found["param_groups"]][1][0] == len(found["param_groups"][0]["params"])
     order = {
         found["state"][number]: [group["weight_decay"], group["pretrained"]]

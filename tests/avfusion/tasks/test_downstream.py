@@ -134,6 +134,10 @@ def test_a_run_that_is_loaded_again_is_the_one_that_was_trained(trained, tmp_pat
     changed = [not torch.equal(a, b) for a, b in zip(model.encoder.image.state_dict().values(),
                DeepAVFusion(ENCODER).image.state_dict().values(), strict=True)]  # fmt: skip
     assert any(changed)
+    assert main(["export", str(trained("finetune")), "--format", "authors", "--out", str(tmp_path / "f.pth")]) == 0
+    content = torch.load(tmp_path / "f.pth", weights_only=True)  # for others to start from, not to be resumed
+    assert "optimizer" not in content
+    assert any(name.startswith("fusion_head.") for name in content["state_dict"])
     with pytest.raises(ValueError, match="a run of finetune, expected one of probe"):
         load_run(trained("finetune"), "probe")
     with pytest.raises(ValueError, match="no checkpoint of a run"):
