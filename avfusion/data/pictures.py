@@ -31,7 +31,7 @@ AVSBENCH_FRAMES = {"v1s": 5, "v1m": 5, "v2": 10}
 def avsbench(root: Path, split: str | None) -> Table:
     """metadata.csv, label2idx.json and <subset>/<uid>/{audio.wav, frames/N.jpg, labels_semantic/N.png}.
 
-    Classes are numbered as the masks are, from 0 for the background; label2idx.json, as published, counts from 1.
+    Classes are numbered as the masks are, from 0 for the background; label2idx.json may count from 1, or from 0.
     `extra["listed"]` are the classes that the clip's own list names.
     """
     splits = ("train", "val", "test")
