@@ -110,7 +110,7 @@ def rows_by_class(source: Source) -> list[list[int]]:
     """The rows of each class that has some. Raises ValueError where none has a label."""
     rows: dict[int, list[int]] = {}
     for index, row in enumerate(source.rows):
-        for label in row.labels or (() if row.label is None else (row.label,)):
+        for label in row.all_labels:
             rows.setdefault(label, []).append(index)
     if not rows:
         raise ValueError("balanced: no clip has a label")

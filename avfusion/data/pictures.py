@@ -25,7 +25,7 @@ from avfusion.data.table import (
 )
 from avfusion.data.vggsound import SPLITS, read_vggss
 
-AVSBENCH_FRAMES = {"v1s": 5, "v1m": 5, "v2": 10}
+AVSBENCH = ("v1s", "v1m", "v2")  # its subsets
 
 
 def avsbench(root: Path, split: str | None) -> Table:
@@ -40,7 +40,7 @@ def avsbench(root: Path, split: str | None) -> Table:
     columns = "vid,uid,s_min,s_sec,a_obj,split,label"
     for where, (_, uid, s_min, s_sec, sounding, part, subset) in csv_rows(root / "metadata.csv", columns, header=True):
         if split in (None, one_of(part, splits, "split", where)):
-            one_of(subset, AVSBENCH_FRAMES, "label", where)
+            one_of(subset, AVSBENCH, "label", where)
             folder = root / subset / plain_name(uid, where)
             listed = [index[name] for name in sounding.replace("off-the-screen", "background").split("_")
                       if name in index]  # fmt: skip

@@ -44,6 +44,11 @@ class Row:
     audio: Path | None = None  # the sound, where it is a file of its own
     extra: dict[str, Any] = field(default_factory=dict)  # what only this layout has
 
+    @property
+    def all_labels(self) -> tuple[int, ...]:
+        """However many there are."""
+        return self.labels or (() if self.label is None else (self.label,))
+
 
 @dataclass(frozen=True)
 class Table:

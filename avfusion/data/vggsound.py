@@ -35,11 +35,11 @@ class _Clips:
     def __init__(self, root: Path):
         self.folders, path = folders_by_spelling(root / "clips"), root / "annotations" / "vggsound.csv"
         self.list = [
-            (where, plain_name(video, where), parse_seconds(start, where), plain_name(label, where),
+            (plain_name(video, where), parse_seconds(start, where), plain_name(label, where),
              one_of(split, SPLITS, "split", where))
             for where, (video, start, label, split) in csv_rows(path, "id,start,label,split")
         ]  # fmt: skip
-        self.labels = {(video, start): label for _, video, start, label, _ in self.list}
+        self.labels = {(video, start): label for video, start, label, _ in self.list}
 
     def find(self, video: str, start: int, label: str) -> Path | None:
         """The clip of this class, or of the one that the list gives it."""
@@ -55,9 +55,9 @@ def vggsound(root: Path, split: str | None) -> Table:
     """annotations/vggsound.csv and clips/<label>/<id>_<start>_<end>.mp4."""
     check_split(split, SPLITS)
     clips, found = _Clips(root), Found()
-    classes = sorted({label for *_, label, _ in clips.list})
+    classes = sorted({label for _, _, label, _ in clips.list})
     index = {name: i for i, name in enumerate(classes)}
-    for _, video, start, label, part in clips.list:
+    for video, start, label, part in clips.list:
         if split in (None, part):
             path = clips.find(video, start, label)
             found.add(f"{video}_{start:06d}", path, label, start=start, label=index[label], split=part)

@@ -28,6 +28,10 @@ _DECODERS = ("image_decoder_", "audio_decoder_")
 _MAE_ONLY = ("decoder_", "mask_token", "cls_token", "pos_embed")
 
 
+# What neither keys nor shapes of an encoder tell.
+UNTOLD = ("num_heads", "fusion_num_heads", "fusion_tokens", "image_agg_tokens", "audio_agg_tokens")
+
+
 class CheckpointError(ValueError):
     """A file that is not the checkpoint it is taken for; the message names the file, the keys and the remedy."""
 
@@ -47,8 +51,14 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known)
             with its 32 tokens that is certain; elsewhere a warning names what is assumed.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, or keys that are missing, extra or misshapen (all are listed).
+        CheckpointError: no such file, not a checkpoint, keys that are missing, extra or misshapen (all are listed), or
+            something is `known` otherwise than the file tells it.
+        TypeError: something else is `known`, or a config is given too.
     """
+    if known.keys() - set(UNTOLD):
+        raise TypeError(f"load_encoder: {', '.join(known.keys() - set(UNTOLD))}: expected some of {', '.join(UNTOLD)}")
+    if config is not None and known:
+        raise TypeError(f"load_encoder: {', '.join(known)}: config tells it already")
     path = Path(path)
     state, metadata = _read(path)
     if any(key.startswith("encoder.") for key in state):
@@ -59,7 +69,10 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known)
     if config is None:
         try:
             if "config" in metadata:
-                config = EncoderConfig(**json.loads(metadata["config"]) | known)
+                config = EncoderConfig(**json.loads(metadata["config"]))
+                told = asdict(config) | {"fusion_num_heads": config.heads_of_fusion}
+                if wrong := [f"{name}={told[name]}, not {known[name]}" for name in known if told[name] != known[name]]:
+                    raise CheckpointError(f"{path}: the file itself tells {', '.join(wrong)}")
             else:
                 config = _infer_config(state, known, path)
         except (KeyError, TypeError, ValueError) as error:

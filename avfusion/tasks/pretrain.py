@@ -15,7 +15,6 @@ from avfusion import distributed
 from avfusion.common import setting
 from avfusion.data.loader import Batch, ClipLoader
 from avfusion.data.samples import Selection, Source
-from avfusion.data.table import Row
 from avfusion.embedding.embed import pooled_features
 from avfusion.metrics.neighbours import neighbour_scores
 from avfusion.models.checkpoint import load_unimodal
@@ -113,7 +112,7 @@ class Pretrain(Task):
 
     def evaluated(self, source: Source) -> Sequence[int]:
         """Clips with labels, whose neighbours can be compared; where none has, any, to draw."""
-        return [i for i, row in enumerate(source.rows) if _has_label(row)] or range(len(source.rows))
+        return [i for i, row in enumerate(source.rows) if row.all_labels] or range(len(source.rows))
 
     def evaluate(self, model: AVMAE, loader: ClipLoader, dtype: torch.dtype) -> Result:
         """Leave-one-out nearest neighbours of labelled clips (the paper's Fig. 3); nothing where none has a label."""
@@ -135,10 +134,6 @@ class Pretrain(Task):
     draw_curve = staticmethod(plot_curve)
 
 
-def _has_label(row: Row) -> bool:
-    return row.label is not None or bool(row.labels)
-
-
 def _labelled(source: Source) -> bool:
     """Whether nearest neighbours can be compared: several clips have labels."""
-    return sum(map(_has_label, source.rows)) > 1
+    return sum(bool(row.all_labels) for row in source.rows) > 1

@@ -151,8 +151,7 @@ class Recognition(Downstream):
             logits = model(image, audio, average=True).float()
         titles = []
         for i, scores in zip(batch.index.tolist(), logits, strict=True):
-            row = loader.source.rows[i]
-            labels = row.labels or (() if row.label is None else (row.label,))
+            labels = loader.source.rows[i].all_labels
             titles.append(f"is {'; '.join(self.classes[c] for c in labels)}\nsaid {self.classes[scores.argmax()]}")
         plot_clips(path, image, audio, titles)
 
@@ -196,7 +195,6 @@ class Finetune(Recognition):
     def open(self, *, make: bool = False) -> Source:
         source = super().open(make=make)
         self.share = class_share(source)
-        self.seen = self.share.nonzero().flatten()
         return source
 
     def build(self, *, weights: bool = False) -> Classifier:
@@ -207,12 +205,12 @@ class Finetune(Recognition):
         return model
 
     def prepare(self, batch: Batch, epoch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, bool]:
-        self.share, self.seen = self.share.to(device), self.seen.to(device)
+        self.share = self.share.to(device)
         return super().prepare(batch, epoch, device)
 
     def losses(self, model: nn.Module, image: Tensor, audio: Tensor, target: Tensor, single: bool) -> dict[str, Tensor]:
         logits = model(image, audio, average=True).float()
-        return {"class": class_loss(logits, target, self.seen, self.share[self.seen], single=single)}
+        return {"class": class_loss(logits, target, self.share, single=single)}
 
     def mix(self, image: Tensor, audio: Tensor, target: Tensor, index: Tensor, epoch: int, single: bool):
         """Mix each clip with the one at the other end of the batch, by a share lambda ~ Beta(mixup, mixup) of its own.
@@ -231,7 +229,7 @@ class Finetune(Recognition):
 
 def class_share(source: Source) -> Tensor:
     """The share that each class has in all labels of a list, [C] float32."""
-    labels = [label for row in source.rows for label in (row.labels or (() if row.label is None else (row.label,)))]
+    labels = [label for row in source.rows for label in row.all_labels]
     if not labels:
         raise ValueError("none of the clips to train on has a label")
     return torch.bincount(torch.tensor(labels), minlength=len(source.classes)).float() / len(labels)

@@ -99,7 +99,7 @@ class Retrieve(Contrastive):
         index, pictures, sounds = gathered(rows)
         summary, count = retrieval_scores(sounds, pictures), len(index)
         summary |= {"chance_recall@10": min(10 / count, 1.0), "chance_median_rank": (count + 1) / 2}
-        if sum(row.label is not None or bool(row.labels) for row in source.rows) > 1:
+        if sum(bool(row.all_labels) for row in source.rows) > 1:
             found = neighbour_scores(*pooled_features(model.encoder, loader, self.mel, dtype))
             summary |= {f"nearest_neighbour_{name}": value for name, value in found.items()}
         of_image, of_audio = (ranks.tolist() for ranks in paired_ranks(sounds, pictures))

@@ -88,7 +88,7 @@ def _card(table: Table, row: Row) -> Card:
     frames, waveform = read_whole_row(row, frame_rate=8, sample_rate=RATE, transform=thumbnail)
     frames = frames[:: math.ceil(len(frames) / FRAMES)]
     times, images = np.array([time for time, _ in frames]), stacked([image for _, image in frames])
-    labels = row.labels or (() if row.label is None else (row.label,))
+    labels = row.all_labels
     caption = " · ".join([*(table.classes[label] for label in labels), *filter(None, [row.split])])
     boxes = row.extra.get("boxes", ())
     things = tuple(Thing(f"annotation {number}", [box] * len(times)) for number, box in enumerate(boxes, 1))

@@ -66,20 +66,24 @@ def log_prior(share: Tensor) -> Tensor:
     return torch.log((share + 1e-3) / (1 - share + 1e-3))
 
 
-def class_loss(logits: Tensor, target: Tensor, seen: Tensor, share: Tensor, *, single: bool) -> Tensor:
-    """The loss of fine-tuning, over the classes `seen` that the training list shows, by their `share` of it.
+def class_loss(logits: Tensor, target: Tensor, share: Tensor, *, single: bool) -> Tensor:
+    """The loss of fine-tuning, over the classes that the training list shows, by their share of it.
 
         single     mean over clips of the cross entropy,   times the mean over classes of 1 / share
         several    mean over clips and classes of the binary cross entropy / share
 
     Args:
         logits, target: [B, C]; targets are shares, mixed and smoothed.
-        seen: int64, indices of classes; share: theirs, of the same length.
+        share: [C], of each class in the labels of the list; classes with a share of 0 count for nothing.
         single: clips have one label each.
 
     Source: the DeepAVFusion release. Where clips have one label, 1 / share is a factor that AdamW divides out again.
     """
-    logits, target = logits[:, seen], target[:, seen]
+    seen = share > 0
+    weight = torch.where(seen, 1 / share, 0.0)
     if single:
-        return F.cross_entropy(logits, target) * (1 / share).mean()
-    return (F.binary_cross_entropy_with_logits(logits, target, reduction="none") / share).mean()
+        logits = logits.masked_fill(~seen, -torch.inf)
+        log_p = logits.log_softmax(1).masked_fill(~seen, 0.0)  # a target may be smoothed over all classes
+        return -(target * log_p).sum(1).mean() * weight.sum() / seen.sum()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (loss * weight).sum(1).mean() / seen.sum()

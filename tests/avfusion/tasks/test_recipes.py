@@ -141,6 +141,9 @@ def test_views_of_a_video_file_are_its_moments(tmp_path):
     clips = (sample.clip, *sample.others)
     assert [clip.start for clip in clips] == pytest.approx([0.0, 2.0, 4.0], abs=0.05)
     assert [clip.frame_time for clip in clips] == pytest.approx([1.0, 3.0, 5.0], abs=0.1)
+    data.pack(table, tmp_path / "shards")
+    sample = Views(Windows(data.Shards(tmp_path / "shards"), duration=2.0, sample_rate=16000), 3)[0]
+    assert [clip.start for clip in (sample.clip, *sample.others)] == pytest.approx([0.0, 2.0, 4.0], abs=0.05)
 
 
 def test_shards_that_are_packed_in_another_order_of_classes_are_refused(monkeypatch):
