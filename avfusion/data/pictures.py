@@ -137,11 +137,10 @@ def _stills(layout: str, root: Path, split: str | None, name: str, boxes: Callab
     for part, lines in lists.items():
         for where, key, *rest in lines if split in (None, part) else ():
             frame, audio = root / "frames" / f"{key}.jpg", root / "audio" / f"{key}.wav"
-            there = frame.is_file() and audio.is_file()
+            there, label = frame.is_file() and audio.is_file(), rest[0] if rest and not seconds else None
             found.add(
-                key, frame if there else None, None if seconds else rest[0],
-                start=parse_seconds(rest[0], where) if rest and seconds else None,
-                label=None if seconds else index[rest[0]], split=part, audio=audio, extra=boxes(key) if there else {},
+                key, frame if there else None, label, start=parse_seconds(rest[0], where) if rest and seconds else None,
+                label=index.get(label), split=part, audio=audio, extra=boxes(key) if there else {},
             )  # fmt: skip
     return found.table(layout, root, classes)
 

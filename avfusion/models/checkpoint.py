@@ -70,13 +70,13 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known)
         try:
             if "config" in metadata:
                 config = EncoderConfig(**json.loads(metadata["config"]))
-                told = asdict(config) | {"fusion_num_heads": config.heads_of_fusion}
-                if wrong := [f"{name}={told[name]}, not {known[name]}" for name in known if told[name] != known[name]]:
-                    raise CheckpointError(f"{path}: the file itself tells {', '.join(wrong)}")
             else:
                 config = _infer_config(state, known, path)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its keys do not tell the encoder's shape; pass config=: {error}") from error
+        told = asdict(config) | {"fusion_num_heads": config.heads_of_fusion}
+        if wrong := [f"{name}={told[name]}, not {value}" for name, value in known.items() if told[name] != value]:
+            raise CheckpointError(f"{path}: the file itself tells {', '.join(wrong)}")
     model = DeepAVFusion(config)
     _load_strictly(model, state, path)
     return model.eval()

@@ -125,11 +125,8 @@ class Separate(Downstream):
             mixture, truth = mixture[:, 0], sources[:, 0].unflatten(0, (-1, K))
             with autocast(device, dtype):
                 found = {"": self.separate(model, image, mixture[:, None])}
-            masks, released = (
-                self.masks(self.mel(sources), self.mel(mixture[:, None])),
-                self.config.target == "released",
-            )
-            found |= {" mixture": mixture, " oracle": apply_mask(mixture, masks[:, 0], self.mel, released=released)}
+            masks = self.masks(self.mel(sources), self.mel(mixture[:, None]))
+            found |= {" mixture": mixture, " oracle": self.filtered(mixture, masks[:, 0])}
             found = {name: x.unflatten(0, (-1, K)) for name, x in found.items()}
             if self.thorough:
                 pairs = [(mix, both) for mix, both in zip(found[" mixture"][:, 0], truth, strict=True)]

@@ -268,6 +268,15 @@ def test_a_list_of_pictures_may_name_classes(tmp_path):
     ]  # fmt: skip
 
 
+def test_one_list_of_pictures_may_name_classes_and_another_none(tmp_path):
+    """As those of VGG-Instruments: classes to train on, and none of the test clips."""
+    root = touch(tmp_path, "frames/a_1.jpg", "audio/a_1.wav", "frames/sample0000.jpg", "audio/sample0000.wav")
+    write(root, {"vgginstruments_train.txt": "a_1,violin,_fiddle\n", "vgginstruments_test.csv": "sample0000\n"})
+    assert [(row.id, row.label, row.split) for row in data.read("stills", root).rows] == [
+        ("a_1", 0, "train"), ("sample0000", None, "test"),
+    ]  # fmt: skip
+
+
 AVS = "vid,uid,s_min,s_sec,a_obj,split,label\n"
 
 
