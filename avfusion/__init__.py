@@ -16,8 +16,10 @@ _NAMES = {
     "CheckpointError": "models.checkpoint",
     "ClipError": "media.clip",
     "DeepAVFusion": "models.deepavfusion",
+    "Decoder": "embedding.decode",
+    "Embedder": "embedding.embed",
     "EncoderConfig": "models.deepavfusion",
-    "Features": "embedding.store",
+    "Features": "embedding.features",
     "LogMel": "media.transforms",
     "embed_clips": "embedding.embed",
     "load_encoder": "models.checkpoint",
@@ -27,7 +29,8 @@ _NAMES = {
 }
 # Import name -> package of the extra `train`.
 _REQUIRES = {"av": "av", "defusedxml": "defusedxml", "einops": "einops",
-             "filelock": "filelock", "matplotlib": "matplotlib", "safetensors": "safetensors",
+             "filelock": "filelock", "huggingface_hub": "huggingface-hub", "matplotlib": "matplotlib",
+             "pyarrow": "pyarrow", "safetensors": "safetensors",
              "sklearn": "scikit-learn", "soundfile": "soundfile", "tensorboard": "tensorboard", "timm": "timm",
              "torchaudio": "torchaudio", "torchvision": "torchvision", "tqdm": "tqdm",
              "webdataset": "webdataset"}  # fmt: skip

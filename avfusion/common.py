@@ -61,7 +61,7 @@ def setting(default: Any, text: str, **metadata) -> Any:
 
 
 class Progress:
-    """How far long work is: a bar on a terminal, elsewhere a line every 30 s, both on stderr.
+    """How far long work is: a bar on a terminal, elsewhere a line every 30 s, both on stderr. `total` may change.
 
     with Progress(total, "clip", show=True) as progress:
         progress.update(done, loss=0.3)
@@ -79,6 +79,7 @@ class Progress:
     def update(self, done: int, **facts: object) -> None:
         """`done` of the total so far, and facts to show."""
         if self.bar is not None:
+            self.bar.total = self.total
             self.bar.set_postfix(facts, refresh=False)
             self.bar.update(done - self.done)
         self.done, now = done, time.monotonic()

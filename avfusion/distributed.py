@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,17 @@ def own_device(device: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def start(device: str | torch.device | None = None) -> torch.device:
-    """Joins the processes that the environment names (RANK, WORLD_SIZE), and returns this one's device."""
+def start(device: str | torch.device | None = None, *, apart: bool = False) -> torch.device:
+    """Joins the processes that the environment names (RANK, WORLD_SIZE), and returns this one's device.
+
+    `apart`: they only meet at the end, for which the first that is done waits for days.
+    """
     device, several = own_device(device), int(os.environ.get("WORLD_SIZE", 1)) > 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        options = {"backend": "gloo", "timeout": timedelta(days=30)} if apart else {}
+        dist.init_process_group(**{"backend": "nccl" if device.type == "cuda" else "gloo"} | options)
     return device
 
 

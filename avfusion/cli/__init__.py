@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if chosen is not None and chosen not in COMMANDS:
         parser.error(unknown("command", chosen, COMMANDS))
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, fromfile_prefix_chars="@" if name == "embed" else None)
+        command = commands.add_parser(name, help=text)
         if name == chosen:
             if missing and name in TASKS:  # their options are the settings of a model
                 parser.error(missing)

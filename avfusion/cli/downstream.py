@@ -67,9 +67,8 @@ def run_eval(args: argparse.Namespace) -> int:
     changes = {"eval_data": args.eval_data, "eval_split": args.eval_split, "layout": args.layout}
     changes = {name: value for name, value in changes.items() if value} | {"eval_clips": args.clips}
     changes |= {} if args.compile is None else {"compile": args.compile}
-    views = getattr(args, "views", None) or 0
-    summary = evaluate_run(args.folder, args.task, out, device=device, dtype=options.dtype_of(args), views=views,
-                           **changes)  # fmt: skip
+    summary = evaluate_run(args.folder, args.task, out, device=device, dtype=options.dtype_of(args, device),
+                           views=getattr(args, "views", None) or 0, **changes)  # fmt: skip
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:{width}}  {value:.4f}")
@@ -82,7 +81,8 @@ def run_predict(args: argparse.Namespace) -> int:
     from avfusion.media.reader import read_clip
     from avfusion.tasks.downstream import load_run, predict, write_prediction
 
-    paths, device, dtype = options.video_files(args), options.machine(args), options.dtype_of(args)
+    paths, device = options.video_files(args), options.machine(args)
+    dtype = options.dtype_of(args, device)
     options.check_folder(args.parser, "--out", args.out)
     task, model = load_run(args.folder, args.task)
     model, failed = model.to(device), []

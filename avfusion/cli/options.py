@@ -40,6 +40,21 @@ def count(least: int):
     return count
 
 
+def number(text: str) -> float:
+    """A number above zero."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them, none below zero."""
+    found = tuple(map(float, text.split(",")))
+    if not all(0 <= each < float("inf") for each in found):
+        raise argparse.ArgumentTypeError(f"{text}: expected seconds such as 3.5,10")
+    return found
+
+
 def one_of(what: str, options: Iterable[str]):
     """One of some names."""
     names = list(options)
@@ -59,13 +74,19 @@ def layout(text: str) -> str:
     return one_of("layout", LAYOUTS)(text)
 
 
-def add_machine(parser: argparse.ArgumentParser, *, dtype: bool = True) -> None:
-    """Add --device, --dtype (unless it is a setting of the command) and --threads."""
+def add_machine(parser: argparse.ArgumentParser, *, dtype: str | None = "fp32") -> None:
+    """Add --device, --dtype with this default (None: it is a setting of the command) and --threads."""
     parser.add_argument("--device", default="auto",
                         help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")  # fmt: skip
     if dtype:
-        parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
-                            help="bf16: compute in bfloat16 where it is safe (default: fp32)")  # fmt: skip
+        auto = dtype == "auto"
+        told = (
+            "compute in it where it is safe; auto: bf16 on a GPU, fp16 where it has none, else fp32"
+            if auto
+            else ("bf16: compute in bfloat16 where it is safe")
+        )
+        parser.add_argument("--dtype", choices=["fp32", "bf16", *["fp16", "auto"] * auto], default=dtype,
+                            help=f"{told} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--threads", type=count(1), metavar="N", help="of a process on CPUs (default: torch's choice)")
 
 
@@ -83,10 +104,17 @@ def machine(args: argparse.Namespace) -> "torch.device":
         args.parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
 
 
-def dtype_of(args: argparse.Namespace) -> "torch.dtype":
+def dtype_of(args: argparse.Namespace, device: "torch.device") -> "torch.dtype":
+    """What to compute in; a usage error where the device cannot."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    gpu, bf16 = device.type == "cuda", device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.dtype == "auto":
+        return known["fp32" if not gpu else "bf16" if bf16 else "fp16"]
+    if args.dtype == "bf16" and not bf16:
+        args.parser.error(f"--dtype bf16: {torch.cuda.get_device_name(device)} has none; take fp16")
+    return known[args.dtype]
 
 
 def check_folder(parser: argparse.ArgumentParser, option: str, folder: Path) -> None:
@@ -112,13 +140,47 @@ def video_files(args: argparse.Namespace) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
+def video_names(args: argparse.Namespace) -> list[str]:
+    """`args.clips` as names: files and addresses as given, lists as what they name, folders as the videos in them."""
+    from avfusion.data.table import VIDEO_SUFFIXES
+    from avfusion.remote import filesystem, is_remote
+
+    names, clips = [], list(args.clips)
+    while clips:
+        clip = clips.pop(0)
+        listed = clip.startswith("@") and not os.path.exists(clip)
+        try:
+            files, name = filesystem(clip[1:] if listed else clip)
+            if listed:
+                lines = files.cat_file(name).decode("utf-8-sig").splitlines()
+                clips = [line.strip().removeprefix("@") for line in lines if line.strip()] + clips
+            elif files.isdir(name):
+                found = [path for path in files.find(name) if path.lower().endswith(VIDEO_SUFFIXES)]
+                if not found:
+                    args.parser.error(f"{clip}: no video files ({' '.join(VIDEO_SUFFIXES)}) under this directory")
+                if is_remote(clip):
+                    names += [files.unstrip_protocol(path) for path in found]
+                else:
+                    names += [os.path.join(clip, os.path.relpath(path, name)) for path in found]
+            else:
+                names.append(clip)
+        except (OSError, ValueError) as error:
+            args.parser.error(f"{clip}: {error}")
+    return list(dict.fromkeys(names))
+
+
+def failed_status(failed: list, total: int) -> int:
+    """The exit status: 0, 3 where some clips failed, 1 where all did."""
+    return (1 if len(failed) == total else 3) if failed else 0
+
+
 def report_failed(failed: list, total: int) -> int:
     """Lists clips that failed on stderr; returns the exit status."""
     if failed:
         print(f"{len(failed)} of {total} clips failed:", file=sys.stderr)
         for error in failed:
             print(f"  {error}", file=sys.stderr)
-    return 1 if failed else 0
+    return failed_status(failed, total)
 
 
 def free_name(stem: str, taken: set[str]) -> str:

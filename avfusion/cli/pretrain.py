@@ -46,7 +46,7 @@ def add_training(parser: argparse.ArgumentParser, name: str, folder: str) -> Non
                         help="where the settings start from: " + " | ".join(task.presets))  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="RUN", help=f"folder of the run (default: {folder})")
     parser.add_argument("--resume", action="store_true", help="go on from RUN's last checkpoint, if there is one")
-    add_machine(parser, dtype=False)
+    add_machine(parser, dtype=None)
     add_settings(parser, task.settings)
     parser.set_defaults(run=train, parser=parser, task=name, folder=folder,
                         stopped="Nothing is lost up to the last checkpoint; --resume goes on.")  # fmt: skip

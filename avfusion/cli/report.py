@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     for task in RUNS:
         add(f"--{task}", type=Path, metavar="RUN", help=f"run of `avfusion {task} train`")
     add("--encoder", metavar="RUN|FILE", help="encoder to compare clips by; needs --collection")
-    add("--collection", type=Path, metavar="FILE", help="clips to compare with: what `avfusion embed` wrote")
+    add("--collection", type=Path, metavar="FEATURES",
+        help="clips to compare with: the folder or file that `avfusion embed` wrote")  # fmt: skip
     add("--neighbours", type=options.count(1), metavar="N", help="how many of them to show (default: 3)")
     add("--out", type=Path, default=Path("reports"), metavar="DIR", help="folder of the pages (default: %(default)s)")
     options.add_machine(parser)
@@ -34,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--neighbours needs --encoder and --collection, to compare with")
     options.check_folder(args.parser, "--out", args.out)
 
-    from avfusion.embedding.store import Features
+    from avfusion.embedding.features import Features
     from avfusion.media.clip import ClipError
     from avfusion.models.checkpoint import load_encoder
     from avfusion.tasks.downstream import encoder_file, load_run, predict
     from avfusion.viz.report import Comparison, Reporter
 
-    asked, dtype = {}, options.dtype_of(args)
+    asked, dtype = {}, options.dtype_of(args, device)
     for name in RUNS:
         if getattr(args, name):
             task, model = load_run(getattr(args, name), name)

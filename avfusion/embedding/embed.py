@@ -1,81 +1,134 @@
-"""Clips to features: `embed_clips` for files, `pooled_features` for labelled clips of a data set."""
+"""Windows to features: `Embedder`, which all engines call; `embed_clips` for files; `pooled_features` for data sets."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from copy import deepcopy
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfusion import distributed
 from avfusion.common import Progress
-from avfusion.data.loader import Batch, ClipLoader
-from avfusion.data.samples import clips
-from avfusion.data.table import Row, Table
-from avfusion.embedding.store import Features, fingerprint
-from avfusion.media.transforms import preprocessing
+from avfusion.data.loader import Batch
+from avfusion.embedding import decode
+from avfusion.embedding.features import Features, facts_of
+from avfusion.embedding.store import FACTS, POOLED, TOKENS, Rows
+from avfusion.media.transforms import normalize, preprocessing
+from avfusion.models.checkpoint import load_encoder
 from avfusion.models.deepavfusion import DeepAVFusion
+
+
+class Embedder:
+    """Features of batches of windows, or of files: what every engine calls.
+
+        embedder = avfusion.Embedder(model, windows={"every": 1.0})
+        rows = embedder({"file": ["talk.mp4"]})  # rows["file"], ["start"], ..., ["fusion"] [N, D]
+
+    Args:
+        model: an encoder, or the path of its checkpoint. It computes in evaluation mode, without gradients.
+        windows: which windows of files, as arguments of `avfusion.embedding.decode.Decoder`: every, at, count, frames,
+            batch_size.
+        device: to move the model to; None: where it is.
+        dtype: of autocast; None: the model's own.
+        pooled: means over the tokens alone; False: all tokens, too.
+        keep_frames: a row for each frame of a window; otherwise a window's features are means over its frames.
+        compile: `DeepAVFusion.compiled` while it computes: None compiles on a GPU once 200 windows have been seen.
+    """
+
+    def __init__(
+        self, model: DeepAVFusion | str | os.PathLike, *, windows: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, pooled: bool = True,
+        keep_frames: bool = False, compile: bool | None = None,
+    ):  # fmt: skip
+        self.model = model if isinstance(model, nn.Module) else load_encoder(model)
+        if device is not None:
+            self.model.to(device)
+        self.dtype, self.pooled, self.keep_frames, self.compile = dtype, pooled, keep_frames, compile
+        config, self.device = self.model.config, self.model.fusion_tokens.device
+        self.decoder = decode.Decoder(config, **windows or {})
+        _, mel, _ = preprocessing(config.image_size, config.audio_size)
+        self.mel = mel.to(self.device)
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> Rows:
+        """A batch of `avfusion.embedding.decode`, or one of files by `file`, to a row a window, arrays by name.
+
+        `file`, `window`, `windows`, `start`, `end`, `frame_time`, `stream`, `reason` as there. `image`, `audio` and
+        `fusion` [B, D] are means over tokens; with all tokens also `x_image`, `x_audio` and `x_fusion` [B, tokens, D].
+        All float32. Of what cannot be read there is a row with the `reason`, whose features are not numbers.
+        """
+        if "pixels" not in batch:
+            rows = [self(windows) for windows in self.decoder(batch)]
+            return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
+        facts, good = {name: np.asarray(batch[name]) for name in FACTS}, np.asarray(batch["reason"]) == ""
+        frames = facts["frame_time"].shape[1]
+        if self.keep_frames:
+            facts = {n: np.repeat(x, frames, 0) if x.ndim == 1 else x.reshape(-1) for n, x in facts.items()}
+            good = np.repeat(good, frames)
+        else:
+            facts["frame_time"] = facts["frame_time"].mean(1)
+        features, every = self._features(batch["pixels"], batch["waveform"]), good.all()
+        for name, x in features.items():
+            found = x.cpu().numpy()
+            facts[name] = found if every else np.where(good.reshape(-1, *[1] * (found.ndim - 1)), found, np.nan)
+        return facts
+
+    def arguments(self) -> dict[str, Any]:
+        """Of another like it, elsewhere: its model is a copy on the CPU, to be moved to a device of the same kind."""
+        return {"model": deepcopy(self.model).cpu(), "device": self.device.type, "dtype": self.dtype,
+                "pooled": self.pooled, "keep_frames": self.keep_frames, "compile": self.compile}  # fmt: skip
+
+    @torch.inference_mode()
+    def _features(self, pixels: np.ndarray, waveform: np.ndarray) -> dict[str, Tensor]:
+        weight, frames = self.model.fusion_tokens, pixels.shape[1]
+        pixels, waveform = (
+            torch.from_numpy(np.require(x, requirements="W")).to(self.device) for x in (pixels, waveform)
+        )
+        image, audio = normalize(pixels.flatten(0, 1)).to(weight.dtype), self.mel(waveform[:, None]).to(weight.dtype)
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype not in (None, weight.dtype))
+        with evaluating(self.model, self.compile), autocast:
+            tokens = self.model(image, audio.repeat_interleave(frames, 0))
+        found = dict(zip(POOLED, (x.float().mean(1) for x in tokens), strict=True))
+        if not self.pooled:
+            found |= zip(TOKENS, (x.float() for x in tokens), strict=True)
+        return found if self.keep_frames else {n: x.unflatten(0, (-1, frames)).mean(1) for n, x in found.items()}
 
 
 def embed_clips(
     model: DeepAVFusion,
     paths: Sequence[str | os.PathLike],
     *,
-    device: torch.device | str | None = None,
     batch_size: int = 8,
     num_workers: int = 0,
     progress: bool = False,
-    compile: bool | None = None,
-    dtype: torch.dtype | None = None,
+    windows: Mapping[str, Any] | None = None,
+    **how,
 ) -> Features:
-    """Features of the middle frame and the sound around it, for each clip in `paths`.
+    """All tokens of windows of files, in memory: of each file in `paths` one in the middle, or as `windows` says.
 
-    The window's length and the frame's size follow from the model's configuration (3 s and 224 x 224 by default). The
-    model computes in its own dtype, or in autocast to `dtype`, and in evaluation mode, without gradients, on `device`
-    (None: where it is; otherwise it is moved there). `num_workers` processes decode ahead; `progress` is shown on
-    stderr. `compile` is `DeepAVFusion.compiled` while it runs: None compiles on a GPU once 200 clips have been seen,
-    False never.
+    `windows` and `how` are arguments of `Embedder`; `num_workers` processes decode ahead; `progress` goes to stderr.
+    Rows are in the order of the files. Those that cannot be read are listed in `Features.failed`.
 
-    Clips that cannot be read are left out of the rows and listed in `Features.failed`. Ctrl-C ends it with the rows
-    that are done; the other clips are then in `Features.left`.
+    A row is 1 MB for ViT-B: `avfusion embed` writes many to a folder as it goes.
     """
-    if device is not None:
-        model.to(device)
-    weight = model.fusion_tokens
-    transform, mel, window = preprocessing(model.config.image_size, model.config.audio_size)
-    mel.to(weight.device)
-    files = Table("files", Path(), tuple(Row(os.fspath(path), Path(path)) for path in paths))
-    items = clips(files, train=False, transform=transform, min_duration=0.0, **window)
-    loader = ClipLoader(items, batch_size, train=False, num_workers=num_workers, rank=0, world_size=1, max_failed=1.0)
-
-    rows, indices, starts, tried = [], [], [], 0
-    with evaluating(model, compile), torch.inference_mode(), Progress(len(paths), "clip", show=progress) as shown:
-        try:
-            for batch in loader:
-                audio = mel(batch.waveform.to(weight.device)).to(weight.dtype)
-                with torch.autocast(weight.device.type, dtype, enabled=dtype not in (None, weight.dtype)):
-                    x = model(batch.image.to(weight.device, weight.dtype), audio)
-                rows.append([tokens.float().cpu() for tokens in x])
-                indices += batch.index.tolist()
-                starts += batch.start.tolist()
-                tried = loader.tried
-                shown.update(tried)
-            tried = len(paths)
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-
-    # Concatenated outside inference mode, they are ordinary tensors that a probe can be trained on.
-    empty = torch.empty(0, 0, model.config.dim)
-    x_image, x_audio, x_fusion = map(torch.cat, zip(*rows, strict=True)) if rows else (empty, empty, empty)
+    windows = {"batch_size": batch_size} | dict(windows or {})
+    embedder = Embedder(model, windows=windows, **{"pooled": False} | how)
     names = [os.fspath(path) for path in paths]
-    return Features(
-        x_image, x_audio, x_fusion, [names[i] for i in indices], starts, list(loader.failures.values()),
-        asdict(model.config), weights=fingerprint(model), left=names[tried:],
-    )  # fmt: skip
+    rows = []
+    with Progress(len(names), "clip", show=progress) as shown:
+        for batch in decode.decoded(embedder.decoder, names, num_workers):
+            rows.append(embedder(batch))
+            shown.update(shown.done + files_ended(batch))
+    return Features.of(rows, facts_of(embedder.model), names)
+
+
+def files_ended(rows: Rows) -> int:
+    """How many files end in a batch."""
+    ended = (rows["reason"] != "") | (rows["window"] == rows["windows"] - 1)
+    return len(set(rows["file"][ended]))
 
 
 @contextmanager

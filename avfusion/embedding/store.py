@@ -1,73 +1,297 @@
-"""Features on disk."""
+"""A folder of features: shards of rows, which appear as a whole or not at all, and a manifest.
 
-import hashlib
+DIR/000-000000.parquet      rows: file, window, windows, start, end, frame_time; image, audio, fusion [D]; with all
+                            tokens also x_image, x_audio, x_fusion [tokens, D]: fixed-size lists
+DIR/_manifest.json          the model, the settings, the files that are done, and those that failed and why
+
+What is done is read off the shards: a run that was stopped or killed goes on after the last of them.
+"""
+
+import io
 import json
 import os
-from dataclasses import dataclass, field
+import platform
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import filelock
+import numpy as np
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from avfusion.common import writing
+from avfusion.common import write_json, writing
 from avfusion.media.clip import ClipError
-from avfusion.models.deepavfusion import DeepAVFusion
+from avfusion.remote import filesystem, is_remote
+
+Rows = dict[str, np.ndarray]
+
+PLACE = ("file", "window", "windows")
+STORED = (*PLACE, "start", "end", "frame_time")
+FACTS = (*STORED, "stream", "reason")
+POOLED, TOKENS = ("image", "audio", "fusion"), ("x_image", "x_audio", "x_fusion")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMAT = "avfusion-features-1"
+MANIFEST = "_manifest.json"  # readers of folders of Parquet pass over names with an underscore
+SHARD = 64 << 20  # bytes
+MINUTES = 5  # after so many a shard is written, full or not
 
 
-@dataclass
-class Features:
-    """Features of N clips, float32 on the CPU, rows in the order of `clips`.
+class StoreError(RuntimeError):
+    """Features that cannot be written, or read; the message names the folder or the file, and the remedy."""
 
-    The model's own outputs are kept whole, about 0.9 MB a clip for ViT-B; `pooled` is the compact summary.
+
+def write_rows(path: str, rows: Rows, made: dict[str, Any]) -> None:
+    """Write rows to one file, in the format of its suffix; it appears as a whole or not at all. Raises StoreError.
+
+    `made` is what they were made with; `made["stored"]` is the type of the features, one of `DTYPES`.
+    """
+    data = io.BytesIO()
+    _parquet(data, rows, made) if path.endswith(".parquet") else data.write(_safetensors(rows, made))
+    try:
+        if is_remote(path):  # stores show an object when all of it has arrived
+            files, name = filesystem(path)
+            with files.open(name, "wb") as file:
+                file.write(data.getbuffer())
+            return
+        with writing(path) as part, open(part, "wb") as file:
+            file.write(data.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error}): make room, or make it writable, and "
+                         "run the same command again") from error  # fmt: skip
+
+
+def _parquet(file: io.BytesIO, rows: Rows, made: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = {"fp32": np.float32, "fp16": np.float16}[made["stored"]]
+    columns = {}
+    for name, x in rows.items():
+        column = pa.array(x.tolist(), pa.string()) if x.dtype == object else pa.array(x.reshape(-1).astype(
+            x.dtype if x.ndim == 1 else kind))  # fmt: skip
+        for size in reversed(x.shape[1:]):
+            column = pa.FixedSizeListArray.from_arrays(column, size)
+        columns[name] = column
+    table = pa.table(columns).replace_schema_metadata({"avfusion": json.dumps(made)})
+    pq.write_table(table, file, use_dictionary=["file"], compression="zstd")
+
+
+def _safetensors(rows: Rows, made: dict[str, Any]) -> bytes:
+    facts = {name: x.tolist() for name, x in rows.items() if x.ndim == 1}
+    tensors = {
+        name: torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[made["stored"]])
+        for name, x in rows.items() if x.ndim > 1
+    }  # fmt: skip
+    return safetensors.torch.save(tensors, {"avfusion": json.dumps(made), "rows": json.dumps(facts)})
+
+
+def read_rows(path: str, columns: Sequence[str] | None = None) -> tuple[Rows, dict[str, Any]]:
+    """The columns of a file that `write_rows` wrote (None: all), features as float32, and what they were made with.
+
+    Raises StoreError where it is none.
+    """
+    try:
+        files, name = filesystem(path)
+        with files.open(name, "rb") as file:
+            return (_read_parquet if path.endswith(".parquet") else _read_safetensors)(file, columns)
+    except (OSError, ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
+        raise StoreError(f"{path}: not features that avfusion wrote ({type(error).__name__}: {error})") from error
+
+
+def _read_parquet(file, columns: Sequence[str] | None) -> tuple[Rows, dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = pq.ParquetFile(file)
+    made = json.loads(whole.schema_arrow.metadata[b"avfusion"])
+    rows, table = {}, whole.read(None if columns is None else list(columns))
+    for name in table.column_names:
+        column, shape = table[name].combine_chunks(), []
+        if isinstance(column, pa.ChunkedArray):
+            column = pa.concat_arrays(column.chunks)
+        while pa.types.is_fixed_size_list(column.type):
+            shape.append(column.type.list_size)
+            column = column.flatten()
+        x = column.to_numpy(zero_copy_only=False)
+        rows[name] = x.astype(np.float32).reshape(-1, *shape) if shape else x
+    return rows, made
+
+
+def _read_safetensors(file, columns: Sequence[str] | None) -> tuple[Rows, dict[str, Any]]:
+    (size,) = struct.unpack("<Q", file.read(8))
+    told = json.loads(file.read(size))["__metadata__"]
+    if "clips" in told:  # of version 0.1: one window of each clip
+        count = len(json.loads(told["clips"]))
+        facts = {"file": json.loads(told["clips"]), "start": json.loads(told["starts"]), "window": [0] * count}
+        made = {name: json.loads(told[name]) for name in ("config", "checkpoint", "weights", "failed") if name in told}
+    else:
+        facts, made = json.loads(told["rows"]), json.loads(told["avfusion"])
+    rows = {name: np.array(x, object if name == "file" else None) for name, x in facts.items()}
+    if columns is None or not set(columns) <= set(STORED):
+        file.seek(0)
+        tensors = safetensors.torch.load(file.read())
+        rows |= {name: x.float().numpy() for name, x in tensors.items()}
+        if "pooled" in rows:
+            rows |= zip(POOLED, np.moveaxis(rows.pop("pooled"), 1, 0), strict=True)
+    return {name: x for name, x in rows.items() if columns is None or name in columns}, made
+
+
+def shards(path: str | os.PathLike) -> list[str]:
+    """The files of features in a folder, or the file itself. Raises StoreError where there are none."""
+    path = os.fspath(path).rstrip("/")
+    files, name = filesystem(path)
+    if not files.isdir(name):
+        if not files.exists(name):
+            raise StoreError(f"{path}: no such file or folder; avfusion embed writes one")
+        return [path]
+    found = sorted(os.path.basename(entry) for entry in files.ls(name, detail=False))
+    found = [f"{path}/{entry}" for entry in found
+             if entry.endswith((".parquet", ".safetensors")) and entry[0] not in "._"]  # fmt: skip
+    if not found:
+        raise StoreError(f"{path}: no features in this folder; avfusion embed writes them")
+    return found
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What a folder was made with, and which files are done and failed; None where it has none."""
+    files, name = filesystem(path)
+    if not files.exists(f"{name}/{MANIFEST}"):
+        return None
+    try:
+        manifest = json.loads(files.cat_file(f"{name}/{MANIFEST}"))
+        if manifest["made"]["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['made']['format']!r}, not {FORMAT!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}/{MANIFEST}: cannot be read ({error}): give another folder, or delete it") from error
+    return manifest
+
+
+class Store:
+    """Writes rows into a folder, or an address of `avfusion.remote`, and goes on where a run before ended.
+
+    Args:
+        out: the folder.
+        made: what the rows are made with, as JSON can hold it: of another, the folder is refused. The `checkpoint`'s
+            name does not count, its `weights` do.
+        suffix: the format of the shards, "parquet" or "safetensors".
+        shard_rows: rows a shard; None: 64 MiB. One is also written each five minutes.
+        rank: of this process; each writes its own shards, and the first holds the folder's lock.
+
+    `whole` are files whose windows are all there, `begun` the windows of others, `rows` how many there are in all.
+    Raises StoreError where the folder is another run's, in use, or cannot be written.
     """
 
-    x_image: Tensor  # [N, image patches, D]
-    x_audio: Tensor  # [N, audio patches, D]
-    x_fusion: Tensor  # [N, fusion tokens, D]
-    clips: list[str]  # paths of the clips that could be read
-    starts: list[float]  # where each clip's window begins, in seconds
-    failed: list[ClipError]  # the clips that could not
-    config: dict = field(default_factory=dict)  # of the model
-    checkpoint: str | None = None  # None: the weights are random
-    weights: str | None = None  # the `fingerprint` of the model; None: not known
-    left: list[str] = field(default_factory=list)  # clips that were not reached when it was interrupted
+    def __init__(
+        self, out: str | os.PathLike, made: dict[str, Any], *, suffix: str = "parquet", shard_rows: int | None = None,
+        rank: int = 0,
+    ):  # fmt: skip
+        self.out, self.made = os.fspath(out).rstrip("/"), {"format": FORMAT} | json.loads(json.dumps(made))
+        self.suffix, self.rank = suffix, rank
+        self.shard_rows, self.waiting, self.written = shard_rows, [], time.monotonic()
+        self.whole: set[str] = set()
+        self.begun: dict[str, set[int]] = {}
+        self.rows, self.number, self.lock = 0, 0, None
+        if not is_remote(self.out) and rank == 0:
+            self._hold()
+        if (found := read_manifest(self.out)) is not None:
+            self._compare(found["made"])
+        elif rank == 0:
+            self._write_manifest({})
+        self._look()
 
-    @property
-    def pooled(self) -> Tensor:
-        """[N, 3, D]: means over the image, the audio and the fusion tokens."""
-        return torch.stack([self.x_image.mean(1), self.x_audio.mean(1), self.x_fusion.mean(1)], 1)
+    def _hold(self) -> None:
+        Path(self.out).mkdir(parents=True, exist_ok=True)
+        holder, self.lock = Path(self.out, ".holder.json"), filelock.FileLock(Path(self.out, ".lock"), mode=0o644)
+        try:
+            self.lock.acquire(blocking=False)
+        except filelock.Timeout:
+            told = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+            raise StoreError(f"{self.out}: in use by {told}: wait until it ends, or write to another folder") from None
+        holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """`x_image`, `x_audio`, `x_fusion` and `pooled` by name."""
-        return {"x_image": self.x_image, "x_audio": self.x_audio, "x_fusion": self.x_fusion, "pooled": self.pooled}
+    def _compare(self, other: dict[str, Any]) -> None:
+        told = "; ".join(
+            f"{name} {_short(other.get(name))}, now {_short(self.made.get(name))}"
+            for name in sorted(self.made.keys() | other.keys()) if name != "checkpoint"
+            and other.get(name) != self.made.get(name)
+        )  # fmt: skip
+        if told:
+            raise StoreError(f"{self.out}: holds features made otherwise ({told}): give another folder, or delete it")
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the tensors to a safetensors file, everything else as JSON into its metadata.
+    def _look(self) -> None:
+        """Finds out what is there."""
+        try:
+            found = shards(self.out)
+        except StoreError:
+            return
+        windows: dict[str, set[int]] = {}
+        for path in found:
+            own, number = os.path.basename(path).split(".")[0].split("-")
+            if int(own) == self.rank:
+                self.number = int(number) + 1
+            rows, _ = read_rows(path, PLACE)
+            self.rows += len(rows["file"])
+            for file, window, count in zip(*(rows[name].tolist() for name in PLACE), strict=True):
+                windows.setdefault(file, set()).add(window)
+                if len(windows[file]) == count:
+                    self.whole.add(file)
+        self.begun = {file: windows for file, windows in windows.items() if file not in self.whole}
 
-        The file appears complete or not at all. Raises ValueError where there is no clip to save.
-        """
-        if not self.clips:
-            raise ValueError(f"{path}: not written, since no clip could be read")
-        names = ("clips", "starts", "config", "checkpoint", "weights", "left")
-        facts = {name: getattr(self, name) for name in names} | {"failed": [error.args for error in self.failed]}
-        with writing(path) as part:
-            tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-            save_file(tensors, part, metadata={name: json.dumps(fact) for name, fact in facts.items()})
+    def add(self, rows: Rows) -> None:
+        """Rows of whole windows; they are written when a shard is full."""
+        if not len(rows["file"]):
+            return
+        self.waiting.append({name: x for name, x in rows.items() if name not in ("stream", "reason")})
+        if self.shard_rows is None:
+            size = sum(x[0].size for x in rows.values() if x.ndim > 1) * DTYPES[self.made["stored"]].itemsize
+            self.shard_rows = max(SHARD // size, 1)
+        late = time.monotonic() - self.written > 60 * MINUTES
+        if late or sum(len(part["file"]) for part in self.waiting) >= self.shard_rows:
+            self.flush()
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Features":
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
-            facts = {name: json.loads(fact) for name, fact in file.metadata().items()}
-            tensors = {name: file.get_tensor(name) for name in ("x_image", "x_audio", "x_fusion")}
-        return cls(**tensors, **facts | {"failed": [ClipError(*args) for args in facts["failed"]]})
+    def flush(self) -> None:
+        """Write what waits as a shard. Raises StoreError."""
+        if not self.waiting:
+            return
+        rows = {name: np.concatenate([part[name] for part in self.waiting]) for name in self.waiting[0]}
+        write_rows(f"{self.out}/{self.rank:03d}-{self.number:06d}.{self.suffix}", rows, self.made)
+        self.waiting, self.written = [], time.monotonic()
+        self.number, self.rows = self.number + 1, self.rows + len(rows["file"])
+
+    def close(self, failed: Sequence[ClipError] = (), *, stopped: bool = False) -> None:
+        """Write what waits, and the manifest: what is done, which files failed, and whether the run has ended."""
+        self.flush()
+        if self.rank == 0:
+            self.whole, self.begun, self.rows = set(), {}, 0
+            self._look()
+            self._write_manifest({
+                "rows": self.rows, "stopped": stopped, "done": sorted(self.whole),
+                "partly": {file: len(windows) for file, windows in sorted(self.begun.items())},
+                "failed": [error.args for error in failed],
+            })  # fmt: skip
+            if self.lock is not None:
+                self.lock.release()
+
+    def _write_manifest(self, found: dict[str, Any]) -> None:
+        content, path = {"made": self.made} | found, f"{self.out}/{MANIFEST}"
+        if is_remote(path):
+            files, name = filesystem(path)
+            files.pipe_file(name, json.dumps(content, indent=1).encode())
+        else:
+            write_json(path, content, indent=1)
 
 
-def fingerprint(model: DeepAVFusion) -> str:
-    """Tells encoders apart: a hash of the parameters that lie outside the layers, rounded to bfloat16."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if "blocks." not in name:
-            digest.update(parameter.detach().cpu().bfloat16().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def parts(path: str | os.PathLike, columns: Sequence[str]) -> Iterator[Rows]:
+    """Some columns of the rows in a folder or a file, shard by shard. Raises StoreError."""
+    for shard in shards(path):
+        yield read_rows(shard, columns)[0]

@@ -85,7 +85,7 @@ def still_clip(
             rate, length = sound.samplerate, sound.frames / sound.samplerate
             if not length:
                 raise ClipError(path, "audio", "it is empty: fetch or export the clip again")
-            first, moment = window.place(path, (0.0, length), (0.0, length))
+            first, (moment,) = window.place(path, (0.0, length), (0.0, length))
             begin, stop, skip = span_to_resample(first, window.samples, rate, window.sample_rate)
             begin, skip = (begin, skip) if begin > 0 else (0, first)
             sound.seek(begin)

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from torch import Tensor
 
 from avfusion.embedding.embed import embed_clips
-from avfusion.embedding.store import Features, fingerprint
+from avfusion.embedding.features import Features, fingerprint
 from avfusion.media.clip import Clip, ClipError
 from avfusion.media.reader import read_clip, read_whole
 from avfusion.media.transforms import preprocessing
@@ -46,7 +46,7 @@ class Comparison:
 
     def __post_init__(self):
         other = self.collection.weights not in (None, fingerprint(self.encoder))
-        if other or self.collection.x_fusion.shape[-1] != self.encoder.config.dim:
+        if other or self.collection.pooled.shape[-1] != self.encoder.config.dim:
             raise ValueError("features of another encoder")
 
 

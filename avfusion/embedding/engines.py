@@ -1,0 +1,71 @@
+"""Who does the work of `avfusion embed`: this process with workers that decode ahead, those of torchrun, or Ray Data.
+
+All give the same batches to the same `Embedder`, and its rows to a `Store`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from avfusion import distributed
+from avfusion.common import Progress
+from avfusion.embedding.decode import decoded
+from avfusion.embedding.embed import Embedder
+from avfusion.embedding.store import Rows, Store, StoreError
+from avfusion.media.clip import ClipError
+
+
+def embed_files(
+    embedder: Embedder, files: Sequence[str], store: Store, *, num_workers: int = 0, engine: str = "local",
+    address: str | None = None, progress: bool = False,
+) -> list[ClipError]:  # fmt: skip
+    """Write the features of files to a store, but for those that are there; returns what could not be read.
+
+    Of several processes of torchrun, each takes its share of the files, and gets what all could not read. The engine
+    "ray" embeds by Ray Data, in a cluster at `address` or one of this machine's own.
+
+    However it ends, what is done is written.
+    """
+    todo = [file for file in files if file not in store.whole]
+    embedder.decoder.skip = store.begun
+    if engine == "ray":
+        rows = _ray(embedder, todo, address)
+    else:
+        todo = todo[distributed.rank() :: distributed.world_size()]
+        rows = map(embedder, decoded(embedder.decoder, todo, num_workers))
+    failed = []
+    try:
+        with Progress(0, "window", show=progress and not distributed.rank()) as shown:
+            known: dict[str, int] = {}  # windows of the files that are begun
+            for batch in rows:
+                bad = batch["reason"] != ""
+                failed += [ClipError(*args) for args in zip(*(batch[n][bad] for n in ("file", "stream", "reason")),
+                                                            strict=True)]  # fmt: skip
+                store.add({name: x[~bad] for name, x in batch.items()})
+                for file, count in zip(batch["file"], batch["windows"].tolist(), strict=True):
+                    known[file] = max(count - len(store.begun.get(file, ())), known.get(file, 0))
+                shown.total = round(sum(known.values()) * max(len(todo) / len(known), 1))  # the others are like these
+                shown.update(shown.done + int((~bad).sum()), files=f"{len(known)}/{len(todo)}", failed=len(failed))
+        store.flush()
+    except StoreError:
+        raise
+    except BaseException:
+        store.close(failed, stopped=True)
+        raise
+    failed = distributed.gather(failed)
+    store.close(failed)
+    return failed
+
+
+def _ray(embedder: Embedder, files: Sequence[str], address: str | None) -> Iterator[Rows]:
+    """Decoding as tasks on every core, an `Embedder` a GPU or, where there is none, one on the CPU."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False)
+    if not files:
+        return
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if embedder.device.type == "cuda" else 0
+    actors = {"concurrency": max(gpus, 1), "num_gpus": min(gpus, 1), "batch_size": embedder.decoder.batch_size}
+    found = ray.data.from_items([{"file": file} for file in files], override_num_blocks=min(len(files), 1000))
+    windows = found.map_batches(embedder.decoder, batch_size=1)
+    rows = windows.map_batches(Embedder, fn_constructor_kwargs=embedder.arguments(), **actors)
+    yield from rows.iter_batches(batch_size=None, batch_format="numpy")
