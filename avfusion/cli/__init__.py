@@ -15,12 +15,13 @@ from avfusion.common import unknown
 from avfusion.tasks import DOWNSTREAM, TASKS
 
 COMMANDS = {
-    "embed": "turn video clips into features",
+    "embed": "turn video files into features",
+    "search": "find the windows most like a clip, a sound or a picture",
     "synth": "make a data set with ground truth",
     "shard": "pack a data set for fast reading",
     "browse": "look at a data set",
     "report": "what trained models make of your clips, as pages",
-    "export": "write the encoder of a run as one file",
+    "export": "write an encoder as one file: safetensors, the authors', ONNX, torch.export",
 } | {name: does for name, (_, _, does) in TASKS.items()}
 
 

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("clips", nargs="+", metavar="CLIP",
         help="video file, or folder of them, here or at s3://, gs://, hf://; @FILE: a list, one a line")  # fmt: skip
     add("--checkpoint", metavar="W",
-        help="trained weights: file, folder or hf://org/name; without them features are random numbers")  # fmt: skip
+        help="trained weights: file, run or hf://org/name; without them features are random numbers")  # fmt: skip
     which.add_argument("--every", type=options.number, metavar="SECONDS", help="a window each so many seconds")
     which.add_argument("--at", type=options.numbers, metavar="T,T,...", help="windows that begin at these seconds")
     which.add_argument("--windows", type=options.count(1), metavar="N", help="so many a file, evenly spread")
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if distributed.rank():
-        return options.failed_status(failed, len(files))
+        return 0  # the first tells
     if not store.rows:
         print(f"no clip could be read: {args.out} has no features", file=sys.stderr)
     elif single:
@@ -173,7 +173,11 @@ def check(args: argparse.Namespace) -> Path | None:
         error(f"--format is of the files in a folder: --out {args.out} tells its own")
     if args.out.endswith(".npy") and args.tokens:
         error("--tokens: an .npy file holds one array, the means; write a folder, or .safetensors")
-    if is_remote(args.out):
+    try:
+        remote = is_remote(args.out)
+    except ValueError as wrong:
+        error(f"--out {wrong}")
+    if remote:
         if single or args.plot is True:
             error(f"--out {args.out}: at an address, write a folder of shards, and give --plot a folder here")
     elif single and out.is_dir():
@@ -219,8 +223,10 @@ def load(args: argparse.Namespace, device: "torch.device") -> "DeepAVFusion":
     from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
 
     if args.checkpoint:
+        from avfusion.tasks.downstream import encoder_file
+
         known = {"fusion_num_heads": args.fusion_num_heads} if args.fusion_num_heads else {}
-        return load_encoder(args.checkpoint, **known).to(device)
+        return load_encoder(encoder_file(args.checkpoint), **known).to(device)
     print("WARNING: no --checkpoint: the weights are RANDOM and the features mean nothing", file=sys.stderr)
     torch.manual_seed(args.seed or 0)
     return DeepAVFusion(EncoderConfig(fusion=args.fusion or "factorized")).to(device)

@@ -169,18 +169,13 @@ def video_names(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def failed_status(failed: list, total: int) -> int:
-    """The exit status: 0, 3 where some clips failed, 1 where all did."""
-    return (1 if len(failed) == total else 3) if failed else 0
-
-
 def report_failed(failed: list, total: int) -> int:
-    """Lists clips that failed on stderr; returns the exit status."""
+    """Lists clips that failed on stderr; returns the exit status: 0, 3 where some failed, 1 where all did."""
     if failed:
         print(f"{len(failed)} of {total} clips failed:", file=sys.stderr)
         for error in failed:
             print(f"  {error}", file=sys.stderr)
-    return failed_status(failed, total)
+    return (1 if len(failed) == total else 3) if failed else 0
 
 
 def free_name(stem: str, taken: set[str]) -> str:

@@ -35,11 +35,12 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--neighbours needs --encoder and --collection, to compare with")
     options.check_folder(args.parser, "--out", args.out)
 
-    from avfusion.embedding.features import Features
+    from avfusion.embedding.embed import Embedder
+    from avfusion.embedding.search import Collection
     from avfusion.media.clip import ClipError
     from avfusion.models.checkpoint import load_encoder
     from avfusion.tasks.downstream import encoder_file, load_run, predict
-    from avfusion.viz.report import Comparison, Reporter
+    from avfusion.viz.report import Reporter
 
     asked, dtype = {}, options.dtype_of(args, device)
     for name in RUNS:
@@ -47,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
             task, model = load_run(getattr(args, name), name)
             model.to(device)
             asked[name] = task.window, lambda clip, task=task, model=model: predict(task, model, clip, dtype)
-    comparison = None
+    collection = None
     if args.encoder is not None:
         encoder = load_encoder(encoder_file(args.encoder)).to(device)
         try:
-            comparison = Comparison(encoder, Features.load(args.collection), args.neighbours or 3)
+            collection = Collection(args.collection, Embedder(encoder))
         except ValueError as error:
-            raise ValueError(f"{args.collection}: {error} than {args.encoder}: embed the collection with it") from error
-    reporter, failed, taken = Reporter(asked, comparison), [], set()
+            raise ValueError(f"{error} than {args.encoder}: embed the collection with it") from error
+    reporter, failed, taken = Reporter(asked, collection, args.neighbours or 3), [], set()
     for path in paths:
         page = args.out / f"{options.free_name(path.stem, taken)}.html"
         try:

@@ -79,7 +79,20 @@ def still_clip(
     `window` are the arguments of `avfusion.read_clip`, and what is returned and raised is as there; `path` is what to
     show.
     """
-    window = Window(**window)
+    waveform, start, moment = _window_of_sound(path, audio, Window(**window))
+    after = bisect.bisect(times, moment)
+    nearest = min((i for i in (after - 1, after) if 0 <= i < len(times)), key=lambda i: abs(times[i] - moment))
+    return Clip(read_picture(path, picture(nearest)), waveform, start, times[nearest], path)
+
+
+def read_sound(path: Path, **window) -> tuple[Tensor, float]:
+    """A window of a sound file, [1, samples], and where it begins. Arguments and errors are those of `read_clip`."""
+    waveform, start, _ = _window_of_sound(os.fspath(path), path, Window(**window))
+    return waveform, start
+
+
+def _window_of_sound(path: str, audio: Path | BinaryIO, window: Window) -> tuple[Tensor, float, float]:
+    """The window [1, samples], where it begins, and the moment of its picture."""
     try:
         with soundfile.SoundFile(audio) as sound:
             rate, length = sound.samplerate, sound.frames / sound.samplerate
@@ -96,9 +109,7 @@ def still_clip(
     start = first / window.sample_rate
     if not waveform.shape[1]:
         raise ClipError(path, "audio", f"no sound in the window that starts at {start:.2f} s")
-    after = bisect.bisect(times, moment)
-    nearest = min((i for i in (after - 1, after) if 0 <= i < len(times)), key=lambda i: abs(times[i] - moment))
-    return Clip(read_picture(path, picture(nearest)), reflect(waveform, window.samples), start, times[nearest], path)
+    return reflect(waveform, window.samples), start, moment
 
 
 def read_picture(path: str, file: Path | BinaryIO) -> Image.Image:

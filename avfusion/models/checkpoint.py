@@ -13,9 +13,11 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+import huggingface_hub
 import safetensors
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,9 +42,9 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known)
     """A `DeepAVFusion` with the weights of a checkpoint, on the CPU, in eval mode.
 
     Args:
-        path: a safetensors file (`save_encoder`) or the authors' checkpoint: a torch file with `state_dict`, whose
-            encoder keys may carry the prefix `encoder.`. Its decoders are left out; any other key that is not the
-            encoder's is named in a warning.
+        path: a safetensors file (`save_encoder`), a folder (`DeepAVFusion.save_pretrained`), hf://org/name, or the
+            authors' checkpoint: a torch file with `state_dict`, whose encoder keys may carry the prefix `encoder.`. Its
+            decoders are left out; any other key that is not the encoder's is named in a warning.
         config: the encoder's shape. By default it comes from the file: from what it says itself (safetensors, and
             `avfusion export --format authors`), or from its keys and shapes, for square images and 128 mel bands.
         known: what keys and shapes do not tell, by names of `EncoderConfig`: num_heads, fusion_num_heads, and, if
@@ -59,8 +61,8 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known)
         raise TypeError(f"load_encoder: {', '.join(known.keys() - set(UNTOLD))}: expected some of {', '.join(UNTOLD)}")
     if config is not None and known:
         raise TypeError(f"load_encoder: {', '.join(known)}: config tells it already")
-    path = Path(path)
-    state, metadata = _read(path)
+    path = _fetched(str(path)) if str(path).startswith("hf://") else Path(path)
+    state, metadata = _read_folder(path) if path.is_dir() else _read(path)
     if any(key.startswith("encoder.") for key in state):
         rest = [key for key in state if not key.startswith(("encoder.", *_DECODERS))]
         if rest:
@@ -114,6 +116,31 @@ def load_unimodal(vit: ViT, source: str | Path) -> None:
         raise CheckpointError(f"{source}: neither a file nor one of timm.list_models(pretrained=True)")
     state = {key: value for key, value in state.items() if not key.startswith(_MAE_ONLY)}
     _load_strictly(vit, state | {"pos_embed": vit.pos_embed}, source)
+
+
+def _fetched(address: str) -> Path:
+    """The folder of a model on the Hub, hf://org/name or hf://org/name@revision; what is at hand is not fetched."""
+    name, _, revision = address.removeprefix("hf://").partition("@")
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=["config.json", "model.safetensors"]
+        ))  # fmt: skip
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{address}: cannot be fetched ({type(error).__name__}: {reason})") from error
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `DeepAVFusion.save_pretrained` wrote: the tensors, and the config."""
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{folder}: a folder without model.safetensors; give a file, or what save_pretrained wrote"
+        )
+    state, _ = _read(folder / "model.safetensors")
+    try:
+        return state, {"config": (folder / "config.json").read_text(encoding="utf-8")}
+    except OSError as error:
+        raise CheckpointError(f"{folder}: no config.json beside model.safetensors ({error})") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import PatchEmbed
 from timm.models import vision_transformer
 from torch import Tensor, nn
@@ -179,12 +180,42 @@ class ViT(nn.Module):
         return F.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed[0][ids_keep]
 
 
-class DeepAVFusion(nn.Module):
-    """The early-fusion encoder: an image and a spectrogram to image, audio and fusion tokens."""
+CARD = """---
+{{ card_data }}
+---
+
+A [DeepAVFusion](https://arxiv.org/abs/2312.01017) encoder: a picture and three seconds of sound to image, audio and
+fusion tokens.
+
+```python
+from avfusion import DeepAVFusion
+
+model = DeepAVFusion.from_pretrained("{{ repo_id | default("ORG/NAME", true) }}")
+features = model.embed("clip.mp4")  # x_image, x_audio, x_fusion [tokens, D], pooled [3, D]
+```
+
+Data, recipe, licence of the weights and results: [more information needed].
+"""
+
+
+class DeepAVFusion(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="avfusion",
+    paper_url="https://arxiv.org/abs/2312.01017",
+    pipeline_tag="feature-extraction",
+    tags=["audio-visual", "video", "audio"],
+    model_card_template=CARD,
+):
+    """The early-fusion encoder: an image and a spectrogram to image, audio and fusion tokens.
+
+    `save_pretrained(folder)` writes config.json, model.safetensors and a model card; `push_to_hub("org/name")` uploads
+    them; `from_pretrained(folder or "org/name")` reads them, every key checked, in evaluation mode.
+    """
 
     def __init__(self, config: EncoderConfig | None = None):
         super().__init__()
-        self.config = config = config or EncoderConfig()
+        self.config = self._hub_mixin_config = config = config or EncoderConfig()
         self.image = ViT(config, config.image_size, channels=3)
         self.audio = ViT(config, config.audio_size, channels=1)
         self.fusion_tokens = nn.Parameter(torch.empty(1, config.num_fusion_tokens, config.dim))
@@ -195,6 +226,10 @@ class DeepAVFusion(nn.Module):
         # True always, in training and on CPUs too; False never.
         self.compiled: bool | None = None
         self._captured, self._captured_embs = avfkernels.Captured(), avfkernels.Captured()
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file, map_location, strict):
+        return super()._load_as_safetensor(model, model_file, map_location, strict=True)  # no key is lost in silence
 
     def _fusion_block(self) -> nn.Module:
         c = self.config

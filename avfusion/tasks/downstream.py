@@ -141,17 +141,17 @@ def samples_of(source: Source, index: Tensor, scores: Iterable[float], **columns
     return rows
 
 
-def encoder_file(path: str) -> Path:
-    """The file with an encoder's weights that `path` names: itself, or the last checkpoint of a run.
+def encoder_file(path: str) -> str:
+    """What holds an encoder's weights, for `load_encoder`: `path` itself, or the last checkpoint of a run.
 
-    Raises CheckpointError where a folder is no run.
+    Raises CheckpointError where a folder is neither a run nor a saved model.
     """
-    if not Path(path).is_dir():
-        return Path(path)
+    if not Path(path).is_dir() or Path(path, "model.safetensors").exists():
+        return path
     last = latest_checkpoint(Path(path))
     if last is None:
         raise CheckpointError(f"{path}: no checkpoint of a run in this folder")
-    return last / "model.safetensors"
+    return str(last / "model.safetensors")
 
 
 def load_run(run: Path, expected: str | None = None) -> tuple[Downstream, nn.Module]:

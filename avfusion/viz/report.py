@@ -14,13 +14,9 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from torch import Tensor
 
-from avfusion.embedding.embed import embed_clips
-from avfusion.embedding.features import Features, fingerprint
+from avfusion.embedding.search import Collection, Hit, ask_clip
 from avfusion.media.clip import Clip, ClipError
 from avfusion.media.reader import read_clip, read_whole
-from avfusion.media.transforms import preprocessing
-from avfusion.metrics.neighbours import nearest
-from avfusion.models.deepavfusion import DeepAVFusion
 from avfusion.viz.page import FRAMES, RATE, SIDE, Card, Thing, stacked, thumbnail, write_page
 
 HEAT = "inferno"
@@ -37,20 +33,6 @@ class Said(Protocol):
 
 
 @dataclass
-class Comparison:
-    """An encoder, and a collection of features that it made. Raises ValueError where it is another one's."""
-
-    encoder: DeepAVFusion
-    collection: Features
-    count: int = 3  # clips that are shown
-
-    def __post_init__(self):
-        other = self.collection.weights not in (None, fingerprint(self.encoder))
-        if other or self.collection.pooled.shape[-1] != self.encoder.config.dim:
-            raise ValueError("features of another encoder")
-
-
-@dataclass
 class Reporter:
     """The models that a report asks.
 
@@ -58,7 +40,8 @@ class Reporter:
     """
 
     asked: dict[str, tuple[dict, Callable[[Clip], Said]]] = field(default_factory=dict)
-    comparison: Comparison | None = None
+    collection: Collection | None = None
+    neighbours: int = 3  # windows of the collection that are shown
 
     def write(self, clip: Path, page: Path) -> int:
         """Write a clip's page; returns how many cards it has. Raises ClipError where the clip cannot be read."""
@@ -78,8 +61,11 @@ class Reporter:
                     frame = _heated(frame, values)
                 yield Card(title, caption, frame[None], np.array([clip.frame_time]), _sound(clip.waveform[0]),
                            tuple(sounds))  # fmt: skip
-        if self.comparison is not None:
-            yield from self._neighbours(path, self.comparison)
+        if self.collection is not None:
+            query, _ = ask_clip(self.collection.embedder, path)
+            hits = self.collection.nearest(query, self.neighbours + 1)  # the clip may be one of them
+            others = [hit for hit in hits if not (Path(hit.file).exists() and Path(hit.file).samefile(path))]
+            yield from map(hit_card, others[: self.neighbours])
 
     def _overview(self, path: Path) -> Card:
         frames, waveform = read_whole(
@@ -99,34 +85,16 @@ class Reporter:
         pictures, times = stacked([image for _, image in frames]), np.array([time for time, _ in frames])
         return Card(path.name, " · ".join(said) or "the clip", pictures, times, waveform[0].numpy())
 
-    def _neighbours(self, path: Path, comparison: Comparison) -> Iterator[Card]:
-        collection, encoder = comparison.collection, comparison.encoder
-        own = embed_clips(encoder, [path])
-        if own.failed:
-            raise own.failed[0]
-        count = min(comparison.count + 1, len(collection.clips))  # the clip may be one of them
-        similarity, rows = nearest(_joint(own), _joint(collection), count)
-        *_, window = preprocessing(encoder.config.image_size, encoder.config.audio_size)
-        shown = 0
-        for alike, row in zip(similarity[0].tolist(), rows[0].tolist(), strict=True):
-            other = Path(collection.clips[row])
-            if shown == comparison.count or (other.exists() and other.samefile(path)):
-                continue
-            shown += 1
-            title, caption = f"like it: {other.name}", f"similarity {alike:.3f}"
-            try:
-                clip = read_clip(other, start=collection.starts[row], **window)
-            except ClipError as error:
-                blank = np.full((1, SIDE, SIDE, 3), 200, np.uint8)
-                yield Card(title, f"{caption} · {error}", blank, np.zeros(1), np.zeros(1, np.float32))
-                continue
-            yield Card(title, caption, thumbnail(clip.frame)[None], np.array([clip.frame_time]),
-                       _sound(clip.waveform[0]))  # fmt: skip
 
-
-def _joint(features: Features) -> Tensor:
-    """Means over image, audio and fusion tokens, each of length 1, side by side."""
-    return F.normalize(features.pooled, dim=-1).flatten(1)
+def hit_card(hit: Hit) -> Card:
+    """A window that is like what was asked for: its frame, its sound, where it is."""
+    title, caption = f"like it: {Path(hit.file).name}", f"similarity {hit.similarity:.3f} · from {hit.start:.1f} s"
+    try:
+        clip = read_clip(hit.file, start=hit.start, duration=max(hit.end - hit.start, 1.0))
+    except ClipError as error:
+        blank = np.full((1, SIDE, SIDE, 3), 200, np.uint8)
+        return Card(title, f"{caption} · {error}", blank, np.zeros(1), np.zeros(1, np.float32))
+    return Card(title, caption, thumbnail(clip.frame)[None], np.array([clip.frame_time]), _sound(clip.waveform[0]))
 
 
 def text(value: object) -> str:

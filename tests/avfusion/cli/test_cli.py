@@ -1,11 +1,14 @@
 """The command line as a whole: exit codes, one line of error, suggestions, Ctrl-C, what every command takes."""
 
+import csv
+import json
 import os
 import signal
 import subprocess
 import sys
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 from made_clips import write_clip
@@ -13,6 +16,8 @@ from made_clips import write_clip
 from avfusion import DeepAVFusion, EncoderConfig, Features, cli, data, save_encoder
 from avfusion.cli import COMMANDS, main
 from avfusion.data import pack, read
+from avfusion.embedding import decode
+from avfusion.media.reader import read_windows
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks import DOWNSTREAM, task_class
@@ -98,7 +103,7 @@ def test_every_command_with_a_model_takes_device_dtype_and_threads(line, capsys)
         main([*line.split(), "--help"])
     text = capsys.readouterr().out
     assert all(option in text for option in ("--device", "--dtype", "--threads"))
-    assert "{fp32,bf16}" in text
+    assert ("{fp32,bf16,fp16,auto}" if line == "embed" else "{fp32,bf16}") in text
 
 
 def test_evaluations_predictions_and_reports_take_them(clips, encoder, tmp_path):
@@ -227,10 +232,13 @@ def test_no_labels_is_not_printed_where_boxes_are_what_is_evaluated(encoder, tmp
 # What is written.
 
 
-def test_npy_as_the_output_does_not_write_safetensors(tmp_path, capsys):
-    clip = write_clip(tmp_path / "clip.mp4")
-    told = usage_error(capsys, "embed", clip, "--out", tmp_path / "features.npy")
-    assert "expected the name of a file in .safetensors" in told
+def test_npy_as_the_output_is_npy(encoder, tmp_path):
+    clip, out = write_clip(tmp_path / "clip.mp4", seconds=2), tmp_path / "features.npy"
+    assert main(["embed", clip, "--checkpoint", str(encoder), "--windows", "2", "--out", str(out)]) == 0
+    assert np.load(out).shape == (2, 3, 32)
+    with open(tmp_path / "features.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["file"], float(row["start"])) for row in rows] == [(clip, 0.0), (clip, pytest.approx(1.0, abs=0.05))]
 
 
 def test_files_are_readable_as_the_users_mask_says(encoder, tmp_path):
@@ -270,24 +278,33 @@ def test_a_second_ctrl_c_means_now(clips, tmp_path, capsys, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_in_embed_writes_what_is_done_and_lists_the_rest(encoder, tmp_path, capsys, monkeypatch):
-    paths = [write_clip(tmp_path / f"{i}.mp4", seconds=1.5) for i in range(5)]
-    whole, reads = data.Table.read, iter(range(99))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_embed_that_is_stopped_writes_what_is_done_and_goes_on(encoder, tmp_path, capsys, monkeypatch, number):
+    paths, reads = [write_clip(tmp_path / f"{i}.mp4", seconds=1.5) for i in range(5)], iter(range(99))
 
-    def interrupted(self, index, **window):
+    def stopped(*arguments, **options):
         if next(reads) == 3:
-            raise KeyboardInterrupt
-        return whole(self, index, **window)
+            os.kill(os.getpid(), number)
+        return read_windows(*arguments, **options)
 
-    monkeypatch.setattr(data.Table, "read", interrupted)
-    out, options = tmp_path / "f.safetensors", ["--checkpoint", str(encoder), "--batch-size", "2"]
-    assert main(["embed", *paths, "--out", str(out), *options]) == 130
-    assert "3 of 5 clips are left, listed in" in capsys.readouterr().err
+    monkeypatch.setattr(decode, "read_windows", stopped)
+    out, options = tmp_path / "f", ["--checkpoint", str(encoder), "--batch-size", "2", "--workers", "0"]
+    line = ["embed", *paths, "--out", str(out), *options]
+    if number == signal.SIGINT:
+        assert main(line) == 130
+        assert "What is done is written; the same command goes on." in capsys.readouterr().err
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main(line)
+        assert ended.value.code == 143
     assert Features.load(out).clips == paths[:2]
+    assert json.loads((out / "_manifest.json").read_text())["stopped"]
     monkeypatch.undo()
-    rest = tmp_path / "f-2.safetensors"
-    assert main(["embed", f"@{tmp_path / 'f.left.txt'}", "--out", str(rest), *options]) == 0
-    assert Features.load(rest).clips == paths[2:]
+    assert main(line) == 0
+    assert "goes on after 2 rows of 2 files" in capsys.readouterr().out
+    assert Features.load(out).clips == paths
+    assert not json.loads((out / "_manifest.json").read_text())["stopped"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("pretrain", *DOWNSTREAM)])

@@ -8,12 +8,14 @@ import torch
 
 from avfusion import DeepAVFusion, EncoderConfig, load_encoder, save_encoder
 from avfusion.cli import main
-from avfusion.embedding.store import Features, fingerprint
+from avfusion.embedding.embed import Embedder
+from avfusion.embedding.features import Features, fingerprint
+from avfusion.embedding.search import Collection, ask_clip
 from avfusion.media.reader import read_whole
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.viz import report as viz_report
-from avfusion.viz.report import Comparison, Reporter, text
+from avfusion.viz.report import Reporter, text
 
 from .test_page import browse, decode, embedded
 
@@ -77,7 +79,7 @@ def test_a_bad_clip_costs_no_other_page(made, tmp_path, capsys):
     again = tmp_path / clip.name
     again.write_bytes(clip.read_bytes())
     line = ["report", str(tmp_path / "bad.mp4"), str(clip), str(again), "--out", str(tmp_path / "pages")]
-    assert main([*line, "--localize", str(made / "run-localize")]) == 1
+    assert main([*line, "--localize", str(made / "run-localize")]) == 3
     assert "bad.mp4" in capsys.readouterr().err
     names = {path.name for path in (tmp_path / "pages").glob("*.html")}
     assert names == {f"{clip.stem}.html", f"{clip.stem}-2.html"}
@@ -99,7 +101,9 @@ def test_what_does_not_fit_is_named(made, tmp_path, capsys):
     encoder, old = load_encoder(made / "encoder.safetensors"), Features.load(made / "all.safetensors")
     assert old.weights == fingerprint(load_encoder(made / "encoder.safetensors").bfloat16())
     old.weights = None  # as of a file that does not tell
-    assert Comparison(encoder, old).count == 3
+    old.save(tmp_path / "old.safetensors")
+    embedder = Embedder(encoder)
+    assert len(Collection(tmp_path / "old.safetensors", embedder).nearest(ask_clip(embedder, clip)[0])) == 8
     for config in (EncoderConfig(dim=64, depth=1, num_heads=2), ENCODER):  # of another width, or trained otherwise
         save_encoder(DeepAVFusion(config), tmp_path / "other.safetensors")
         assert report("--encoder", tmp_path / "other.safetensors", "--collection", made / "all.safetensors") == 1
