@@ -25,7 +25,7 @@ in Python:
   loader = ClipLoader(Shards("/data/shards", "train"), batch_size=64, train=True, num_workers=8)
 
 An interrupted run goes on with the next shard when it is repeated.
-exit status: 0 all clips packed, 1 some clips failed (the others are packed) or too many, 2 usage or data set error
+exit status: 0 all clips packed, 3 some clips failed (the others are packed), 1 too many, 2 usage error
 """
 
 
@@ -62,4 +62,4 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.out}: {len(table) - len(failed):,} clips")
     if failed:
         print(f"{len(failed)} clips failed, see {args.out / 'failed.jsonl'}", file=sys.stderr)
-    return 1 if failed else 0
+    return 3 if failed else 0

@@ -36,6 +36,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMAT = "avfusion-features-1"
 MANIFEST = "_manifest.json"  # readers of folders of Parquet pass over names with an underscore
 SHARD = 64 << 20  # bytes
+HEADER = 100 << 20  # bytes, the most that safetensors allows
 MINUTES = 5  # after so many a shard is written, full or not
 
 
@@ -124,6 +125,8 @@ def _read_parquet(file, columns: Sequence[str] | None) -> tuple[Rows, dict[str, 
 
 def _read_safetensors(file, columns: Sequence[str] | None) -> tuple[Rows, dict[str, Any]]:
     (size,) = struct.unpack("<Q", file.read(8))
+    if size > HEADER:
+        raise ValueError(f"a header of {size} bytes")
     told = json.loads(file.read(size))["__metadata__"]
     if "clips" in told:  # of version 0.1: one window of each clip
         count = len(json.loads(told["clips"]))

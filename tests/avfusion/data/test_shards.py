@@ -368,7 +368,7 @@ def test_command(folder, tmp_path, capsys):
     assert cli.main(arguments) == 1  # what is packed already counts too
     assert "1 of 12 clips have failed" in capsys.readouterr().err
     assert not (tmp_path / "out" / "index.json").exists()
-    assert cli.main([*arguments, "--max-failed", "0.1"]) == 1
+    assert cli.main([*arguments, "--max-failed", "0.1"]) == 3
     shown = capsys.readouterr()
     assert "folder: 12 of 12 clips found" in shown.out
     assert "out: 11 clips" in shown.out

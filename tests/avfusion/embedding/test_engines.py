@@ -1,0 +1,171 @@
+"""One process, workers, torchrun and Ray Data: the same rows."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from made_clips import noise, write_clip
+
+import avfusion
+from avfusion import Decoder, DeepAVFusion, Embedder, EncoderConfig, Features, save_encoder
+from avfusion.cli import main
+from avfusion.embedding import decode
+from avfusion.embedding.store import read_manifest
+
+CONFIG = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 48), audio_size=(32, 64), fusion="dense")
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint, and clips of which one is damaged, and one is longer than the others."""
+    root = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    save_encoder(DeepAVFusion(CONFIG), root / "encoder.safetensors")
+    for number in range(6):
+        write_clip(root / f"{number}.mp4", seconds=1.5 + 4 * (number == 2), sound=noise, rate=16000)
+    (root / "damaged.mp4").write_bytes((root / "1.mp4").read_bytes()[:3000])
+    return root
+
+
+def line(made, out, *options):
+    return ["embed", str(made), "--checkpoint", str(made / "encoder.safetensors"), "--out", str(out), "--every", "0.5",
+            "--batch-size", "3", "--shard-rows", "6", *options]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "features"
+    assert main(line(made, out, "--workers", "0")) == 3
+    return Features.load(out)
+
+
+def assert_same_rows(found, expected):
+    assert (found.clips, found.starts, found.frame_times) == (expected.clips, expected.starts, expected.frame_times)
+    torch.testing.assert_close(found.pooled, expected.pooled, rtol=0, atol=2e-5)
+    assert [str(error) for error in found.failed] == [str(error) for error in expected.failed]
+
+
+def test_rows_are_the_models_outputs(made, expected):
+    model = avfusion.load_encoder(made / "encoder.safetensors")
+    pooled = model.embed(made / "0.mp4")["pooled"]
+    (row,) = Features.of([Embedder(model)({"file": [str(made / "0.mp4")]})], {}).pooled
+    torch.testing.assert_close(row, pooled, rtol=0, atol=1e-5)
+    rows = Embedder(model, windows={"every": 0.5, "batch_size": 3})({"file": [str(made / f"{n}.mp4") for n in (0, 2)]})
+    some = [row for row, name in enumerate(expected.clips) if name.endswith(("0.mp4", "2.mp4"))]
+    torch.testing.assert_close(torch.from_numpy(rows["fusion"]), expected.pooled[some, 2], rtol=0, atol=2e-5)
+
+
+def test_what_cannot_be_read_is_a_row_that_is_no_number(made):
+    embedder = Embedder(avfusion.load_encoder(made / "encoder.safetensors"), pooled=False)
+    rows = embedder({"file": [str(made / "damaged.mp4"), str(made / "0.mp4")]})
+    assert rows["reason"][0].startswith("not a video that can be opened")
+    assert (rows["stream"][0], rows["reason"][1], list(rows["window"])) == ("file", "", [-1, 0])
+    for name in ("image", "audio", "fusion", "x_image", "x_audio", "x_fusion"):
+        assert np.isnan(rows[name][0]).all()
+        assert np.isfinite(rows[name][1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(made, expected, dtype):
+    embedder = Embedder(avfusion.load_encoder(made / "encoder.safetensors"), windows={"every": 0.5}, dtype=dtype)
+    rows = embedder({"file": [str(made / "2.mp4")]})
+    own = torch.from_numpy(np.stack([rows[name] for name in ("image", "audio", "fusion")], 1))
+    reference = expected.pooled[[row for row, name in enumerate(expected.clips) if name.endswith("2.mp4")]]
+    assert own.dtype == torch.float32
+    assert 0 < (own - reference).norm() < 0.02 * reference.norm()
+
+
+@pytest.mark.parametrize(("name", "value"), [("frames", 0), ("batch_size", 0), ("every", -1.0), ("count", 0)])
+def test_arguments_of_a_decoder_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        Decoder(CONFIG, **{name: value})
+
+
+def test_workers(made, expected, tmp_path):
+    assert main(line(made, tmp_path / "f", "--workers", "2")) == 3
+    assert_same_rows(Features.load(tmp_path / "f"), expected)
+
+
+def test_decoding_holds_few_batches(made):
+    """Whatever the number of files: none is opened before its turn."""
+    opened, reads = [], decode.read_windows
+
+    def noted(path, *arguments, **options):
+        opened.append(path)
+        return reads(path, *arguments, **options)
+
+    decode.read_windows = noted
+    try:
+        batches = Decoder(CONFIG, batch_size=2).batches([str(made / f"{n}.mp4") for n in range(6)])
+        for count in range(1, 4):
+            assert len(next(batches)["file"]) == 2
+            assert len(opened) == 2 * count
+    finally:
+        decode.read_windows = reads
+
+
+def die(self, files):
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+
+def test_a_worker_that_dies_is_told_with_its_files(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode.Decoder, "_rows", lambda self, files: (next(files), die(self, files))[1])
+    assert main(line(made, tmp_path / "f", "--workers", "1")) == 1
+    told = capsys.readouterr().err
+    assert "a worker has died" in told
+    assert f"while these were read: {made / '0.mp4'}" in told
+    assert "Traceback" not in told
+
+
+# Two processes of their own, which start torch.
+def test_torchrun(made, expected, tmp_path):
+    options = line(made, tmp_path / "f", "--workers", "0", "--threads", "1")
+    names = [str(made / f"{n}.mp4") for n in range(6)]  # none fails: torchrun would make much of an exit status
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               "-m", "avfusion", "embed", *names, *options[2:]]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'f'}: 20 rows of 6 files" in done.stdout
+    found = Features.load(tmp_path / "f")
+    expected.failed, failed = [], expected.failed
+    assert_same_rows(found, expected)
+    expected.failed = failed
+    manifest = read_manifest(tmp_path / "f")
+    assert manifest["done"] == names
+    assert {name[:3] for name in os.listdir(tmp_path / "f") if name.endswith(".parquet")} == {"000", "001"}
+    assert main(line(made, tmp_path / "f")) == 3  # one process goes on where two have ended
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray")
+    # Its workers import these tests' modules, too: what is sent to them names them.
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False,
+             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+def test_ray(made, expected, tmp_path, cluster):
+    assert main(line(made, tmp_path / "f", "--engine", "ray")) == 3
+    assert_same_rows(Features.load(tmp_path / "f"), expected)
+    assert main(line(made, tmp_path / "f", "--engine", "ray")) == 3
+    assert_same_rows(Features.load(tmp_path / "f"), expected)
+
+
+def test_ray_data_as_the_documentation_has_it(made, expected, cluster, tmp_path):
+    model, paths = avfusion.load_encoder(made / "encoder.safetensors"), [str(made / f"{n}.mp4") for n in range(6)]
+    files = cluster.data.from_items([{"file": path} for path in paths])
+    windows = files.map_batches(Decoder(model.config, every=0.5), batch_size=1)
+    rows = windows.map_batches(Embedder, fn_constructor_args=[model], batch_size=16, concurrency=1)
+    rows.write_parquet(str(tmp_path / "rows"))
+    frame = pytest.importorskip("pandas").read_parquet(tmp_path / "rows").sort_values(["file", "window"])
+    assert frame.file.tolist() == expected.clips
+    np.testing.assert_allclose(np.stack(frame.fusion), expected.pooled[:, 2], rtol=0, atol=2e-5)
