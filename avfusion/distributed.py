@@ -28,8 +28,8 @@ def start(device: str | torch.device | None = None, *, apart: bool = False) -> t
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        options = {"backend": "gloo", "timeout": timedelta(days=30)} if apart else {}
-        dist.init_process_group(**{"backend": "nccl" if device.type == "cuda" else "gloo"} | options)
+        backend = "nccl" if device.type == "cuda" and not apart else "gloo"
+        dist.init_process_group(backend, **{"timeout": timedelta(days=30)} if apart else {})
     return device
 
 

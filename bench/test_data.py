@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from avfusion import data
 from avfusion.data import ClipLoader, Shards, Table
 from avfusion.data.loader import Attempt, collate
 from avfusion.data.table import find_videos
-from avfusion.media import reader, stills
+from avfusion.media import stills, streams
 from avfusion.media.clip import Clip
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
@@ -39,11 +39,11 @@ GPU_FLOPS = 400e12  # FLOP/s in bfloat16 that training reaches on a large GPU of
 # Stage -> the functions in which its time is spent; what they call of another stage counts there.
 STAGES = {
     BASELINE: {
-        "open the file": [(reader, "_open"), (reader._Reader, "__init__")],
-        "decode video": [(reader._Reader, "nearest_frame")],
-        "frame to RGB": [(reader, "_upright")],
-        "decode audio": [(reader._Reader, "waveform")],
-        "resample": [(reader.AF, "resample")],
+        "open the file": [(streams, "_opened"), (streams.Streams, "__init__")],
+        "decode video": [(streams.Streams, "frames")],
+        "frame to RGB": [(streams, "_upright")],
+        "decode audio": [(streams.Streams, "waveforms")],
+        "resample": [(streams.AF, "resample")],
     },
     SHARDS: {
         "read the files, check their CRC": [(Shards, "read")],
@@ -79,16 +79,24 @@ class Stopwatch:
 
     def around(self, stage: str, function: Callable) -> Callable:
         def timed(*args, **kwargs):
-            self.inner.append(0.0)
-            begin = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent = time.perf_counter() - begin
-                self.seconds[stage] += spent - self.inner.pop()
-                self.inner[-1] += spent
+            found = self._timed(stage, lambda: function(*args, **kwargs))
+            return self._steps(stage, found) if isinstance(found, Generator) else found
 
         return timed
+
+    def _steps(self, stage: str, found: Generator) -> Generator:
+        while (item := self._timed(stage, lambda: next(found, None))) is not None:
+            yield item
+
+    def _timed(self, stage: str, call: Callable) -> object:
+        self.inner.append(0.0)
+        begin = time.perf_counter()
+        try:
+            return call()
+        finally:
+            spent = time.perf_counter() - begin
+            self.seconds[stage] += spent - self.inner.pop()
+            self.inner[-1] += spent
 
 
 @pytest.fixture(scope="module")

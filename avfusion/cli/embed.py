@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--address", metavar="A", help="of a Ray cluster, such as auto (default: this machine alone)")
     add("--batch-size", type=options.count(1), metavar="N", help="windows at a time (default: 8; on a GPU 128)")
     add("--workers", type=options.count(0), metavar="N",
-        help="processes that decode ahead (default: 1; with a GPU one a core)")  # fmt: skip
+        help="processes that decode ahead (default: with a GPU one a core, else one for four)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile and CUDA graphs (default: on a GPU, once 200 windows have been seen)")  # fmt: skip
     add("--fusion", choices=["factorized", "dense", "token", "none"],
@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
     distributed.start(device, apart=True)
     windows = {"every": args.every, "at": args.at or (), "count": args.windows, "frames": args.frames}
-    size, workers = (128, os.cpu_count()) if device.type == "cuda" else (8, 1)
+    # On a CPU decoding takes an eighth of what the model does, and both want all cores.
+    size, workers = (128, os.cpu_count()) if device.type == "cuda" else (8, os.cpu_count() // 4)
     embedder = Embedder(
         load(args, device), windows=windows | {"batch_size": args.batch_size or size}, dtype=dtype,
         pooled=not args.tokens, keep_frames=args.keep_frames, compile=args.compile,
@@ -197,16 +198,15 @@ def check(args: argparse.Namespace) -> Path | None:
 def check_space(args: argparse.Namespace, embedder: "Embedder", files: list[str]) -> None:
     """A usage error where the rows, by the length of some of the files, do not fit on the disk."""
     from avfusion.media.reader import length_of
-    from avfusion.media.transforms import preprocessing
     from avfusion.remote import is_remote
 
     if is_remote(args.out):
         return
-    config, plan, some = embedder.model.config, embedder.decoder.plan, files[:: max(len(files) // 20, 1)]
-    *_, window = preprocessing(config.image_size, config.audio_size)
-    lengths = [length for file in some if (length := length_of(file)) is not None]
-    counts = [len(plan.starts((0, length), (0, length), window["duration"])) for length in lengths] or [1]
-    rows = sum(counts) / len(counts) * len(files) * (args.frames if args.keep_frames else 1)
+    config, each = embedder.model.config, len(args.at or ()) or args.windows or 1
+    if args.every:
+        some = [length_of(file) for file in files[:: max(len(files) // 20, 1)]]
+        each = sum(1 + (length or 0) / args.every for length in some) / len(some)
+    rows = each * len(files) * (args.frames if args.keep_frames else 1)
     patches = sum(rows * columns for rows, columns in (config.image_grid, config.audio_grid))
     vectors = 3 + (patches + config.num_fusion_tokens) * args.tokens
     needed = rows * vectors * config.dim * (4 if args.store_dtype == "fp32" else 2)

@@ -142,31 +142,39 @@ def video_files(args: argparse.Namespace) -> list[Path]:
 
 def video_names(args: argparse.Namespace) -> list[str]:
     """`args.clips` as names: files and addresses as given, lists as what they name, folders as the videos in them."""
-    from avfusion.data.table import VIDEO_SUFFIXES
-    from avfusion.remote import filesystem, is_remote
+    from avfusion.remote import filesystem
 
-    names, clips = [], list(args.clips)
-    while clips:
-        clip = clips.pop(0)
-        listed = clip.startswith("@") and not os.path.exists(clip)
+    names = []
+    for clip in args.clips:
         try:
-            files, name = filesystem(clip[1:] if listed else clip)
-            if listed:
+            if clip.startswith("@") and not os.path.exists(clip):
+                files, name = filesystem(clip[1:])
                 lines = files.cat_file(name).decode("utf-8-sig").splitlines()
-                clips = [line.strip().removeprefix("@") for line in lines if line.strip()] + clips
-            elif files.isdir(name):
-                found = [path for path in files.find(name) if path.lower().endswith(VIDEO_SUFFIXES)]
-                if not found:
-                    args.parser.error(f"{clip}: no video files ({' '.join(VIDEO_SUFFIXES)}) under this directory")
-                if is_remote(clip):
-                    names += [files.unstrip_protocol(path) for path in found]
-                else:
-                    names += [os.path.join(clip, os.path.relpath(path, name)) for path in found]
+                for line in filter(None, map(str.strip, lines)):
+                    names += _videos_in(line)
             else:
-                names.append(clip)
+                names += _videos_in(clip)
         except (OSError, ValueError) as error:
             args.parser.error(f"{clip}: {error}")
     return list(dict.fromkeys(names))
+
+
+def _videos_in(clip: str) -> list[str]:
+    from avfusion.data.table import VIDEO_SUFFIXES
+    from avfusion.remote import filesystem, is_remote
+
+    remote = is_remote(clip)
+    if remote and clip.lower().endswith(VIDEO_SUFFIXES):  # each question to a store takes its time
+        return [clip]
+    files, name = filesystem(clip)
+    if not files.isdir(name):
+        return [clip]
+    found = [path for path in files.find(name) if path.lower().endswith(VIDEO_SUFFIXES)]
+    if not found:
+        raise ValueError(f"no video files ({' '.join(VIDEO_SUFFIXES)}) under this directory")
+    if remote:
+        return list(map(files.unstrip_protocol, found))
+    return [os.path.join(clip, os.path.relpath(path, name)) for path in found]
 
 
 def report_failed(failed: list, total: int) -> int:

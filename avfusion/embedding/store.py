@@ -193,8 +193,8 @@ class Store:
         self, out: str | os.PathLike, made: dict[str, Any], *, suffix: str = "parquet", shard_rows: int | None = None,
         rank: int = 0,
     ):  # fmt: skip
-        self.out, self.made = os.fspath(out).rstrip("/"), {"format": FORMAT} | json.loads(json.dumps(made))
-        self.suffix, self.rank = suffix, rank
+        self.out, self.suffix, self.rank = os.fspath(out).rstrip("/"), suffix, rank
+        self.made = {"format": FORMAT, "shards": suffix} | json.loads(json.dumps(made))
         self.shard_rows, self.waiting, self.written = shard_rows, [], time.monotonic()
         self.whole: set[str] = set()
         self.begun: dict[str, set[int]] = {}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeVar
 
 import av
@@ -97,9 +98,9 @@ def read_windows(
     `plan.at` lies outside the file, after all others.
     """
     path = os.fspath(path)
-    with opened(path) as pictures, opened(path) as sounds:
-        eyes = Streams(path, pictures)
-        ears, (video, audio) = Streams(path, sounds, eyes), (eyes.extent["video"], eyes.extent["audio"])
+    with ExitStack() as stack:
+        eyes = ears = Streams(path, stack.enter_context(opened(path)))
+        video, audio = eyes.extent["video"], eyes.extent["audio"]
         starts, placed, outside = plan.starts(video, audio, duration), [], None
         for number, start in enumerate(starts):
             try:
@@ -107,6 +108,8 @@ def read_windows(
                     placed.append((number, *Window(start, duration, sample_rate).place(path, video, audio, frames)))
             except ClipError as error:
                 outside = outside or error
+        if len(placed) > 1:  # the two streams go on side by side
+            ears = Streams(path, stack.enter_context(opened(path)), eyes)
         samples = round(duration * sample_rate)
         waveforms = ears.waveforms([first for _, first, _ in placed], samples, sample_rate)
         times = sorted({moment for *_, moments in placed for moment in moments})  # windows overlap

@@ -176,7 +176,8 @@ def test_another_model_or_other_settings_are_refused(made, whole, tmp_path, caps
     save_encoder(DeepAVFusion(CONFIG), tmp_path / "other.safetensors")
     for options, told in ((["--checkpoint", tmp_path / "other.safetensors"], "(weights "), (["--tokens"], "(tokens "),
                           (["--store-dtype", "fp16"], '(stored "fp32", now "fp16")'), (["--frames", 2], "(windows "),
-                          (["--dtype", "bf16"], '(computed "float32", now "bfloat16")')):  # fmt: skip
+                          (["--dtype", "bf16"], '(computed "float32", now "bfloat16")'),
+                          (["--format", "safetensors"], '(shards "parquet", now "safetensors")')):  # fmt: skip
         assert main(line(made, whole, *options)) == 1
         assert f"{whole}: holds features made otherwise {told}" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before

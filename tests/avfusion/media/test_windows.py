@@ -218,6 +218,17 @@ def test_what_lies_before_damage_is_there(tmp_path):
     assert 4 <= len(found) <= 8
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, name):
+    path = write_clip(tmp_path / name, seconds=60, fps=10, sound=noise)
+    windows = read_windows(path, Plan(every=0.5), duration=1)
+    assert next(windows).number == 0
+    with open(path, "r+b") as file:
+        file.truncate(file.seek(0, 2) // 2)
+    with pytest.raises(ClipError, match=r"truncated or damaged|may be damaged"):
+        list(windows)
+
+
 def test_times_outside_the_file_are_named_after_the_windows_inside(tmp_path):
     windows = read_windows(write_clip(tmp_path / "a.mp4", seconds=3), Plan(at=(1, 9)), duration=1)
     assert next(windows).start == 1
