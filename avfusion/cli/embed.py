@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,11 +146,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out}: {shapes if not args.out.endswith('.npy') else f'pooled {list(found.pooled.shape)}'}")
     else:
         print(f"{args.out}: {store.rows:,} rows of {len(store.whole) + len(store.begun):,} files")
+    if plots and store.rows:
+        plot(args, embedder, out, plots)
     if single:
         shutil.rmtree(out)
-    if plots and store.rows:
-        plot(args, embedder, plots)
-    return options.report_failed(failed, len(files))
+    options.report_failed(failed, len(files))
+    return (3 if store.rows else 1) if failed else 0
 
 
 def check(args: argparse.Namespace) -> Path | None:
@@ -167,6 +169,8 @@ def check(args: argparse.Namespace) -> Path | None:
         error("--address is of a Ray cluster: give --engine ray")
     if args.engine == "ray" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         error("--engine ray starts processes of its own: leave torchrun out")
+    if args.engine == "ray" and find_spec("ray") is None:
+        error("--engine ray needs Ray Data: pip install 'avfusion[ray]'")
     suffix = out.suffix if single else f".{args.format or 'parquet'}"
     if args.store_dtype == "bf16" and suffix != ".safetensors":
         error(f"--store-dtype bf16: {suffix[1:]} knows no bfloat16: take fp16, or safetensors")
@@ -232,8 +236,8 @@ def load(args: argparse.Namespace, device: "torch.device") -> "DeepAVFusion":
     return DeepAVFusion(EncoderConfig(fusion=args.fusion or "factorized")).to(device)
 
 
-def plot(args: argparse.Namespace, embedder: "Embedder", directory: Path) -> None:
-    """Draw every row into `directory`, with the last fusion layer's attention."""
+def plot(args: argparse.Namespace, embedder: "Embedder", features: str, directory: Path) -> None:
+    """Draw every window of the features in a folder into `directory`, with the last fusion layer's attention."""
     import torch
 
     from avfusion.embedding.store import parts
@@ -244,7 +248,7 @@ def plot(args: argparse.Namespace, embedder: "Embedder", directory: Path) -> Non
     model = embedder.model
     transform, mel, window = preprocessing(model.config.image_size, model.config.audio_size)
     told = Path(args.checkpoint).name if args.checkpoint else "random weights: the attention means nothing"
-    rows = [row for part in parts(args.out, ("file", "start"))
+    rows = [row for part in parts(features, ("file", "start"))
             for row in zip(part["file"].tolist(), part["start"].tolist(), strict=True)]  # fmt: skip
     taken = set()
     with Progress(len(rows), "plot") as shown:

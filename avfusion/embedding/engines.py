@@ -35,6 +35,7 @@ def embed_files(
     try:
         with Progress(0, "window", show=progress and not distributed.rank()) as shown:
             known: dict[str, int] = {}  # windows of the files that are begun
+            each = embedder.decoder.frames if embedder.keep_frames else 1  # rows of a window
             for batch in rows:
                 bad = batch["reason"] != ""
                 failed += [ClipError(*args) for args in zip(*(batch[n][bad] for n in ("file", "stream", "reason")),
@@ -43,7 +44,9 @@ def embed_files(
                 for file, count in zip(batch["file"], batch["windows"].tolist(), strict=True):
                     known[file] = max(count - len(store.begun.get(file, ())), known.get(file, 0))
                 shown.total = round(sum(known.values()) * max(len(todo) / len(known), 1))  # the others are like these
-                shown.update(shown.done + int((~bad).sum()), files=f"{len(known)}/{len(todo)}", failed=len(failed))
+                shown.update(
+                    shown.done + int((~bad).sum()) // each, files=f"{len(known)}/{len(todo)}", failed=len(failed)
+                )
         store.flush()
     except StoreError:
         raise

@@ -1,5 +1,6 @@
 """Features in memory, to and from files."""
 
+import csv
 import hashlib
 import os
 from collections.abc import Sequence
@@ -101,8 +102,6 @@ class Features:
 
 
 def _write_csv(path: str, columns: Rows) -> None:
-    import csv
-
     with writing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)

@@ -105,17 +105,19 @@ class Streams:
                 for kind, s in self.streams.items()
             }
         else:  # Matroska, WebM and FLV tell no duration of a stream: look at the packets, without decoding them
-            spans, pictures = {}, 0
-            for packet in self.container.demux(*self.streams.values()):
+            spans, pictures, last = {}, 0, 0
+            kinds = {stream: kind for kind, stream in self.streams.items()}
+            for packet in self.container.demux():
                 if packet.pts is not None:
-                    kind = packet.stream.type
-                    pictures += kind == "video"
                     at, stop = packet.pts * packet.time_base, (packet.pts + (packet.duration or 0)) * packet.time_base
-                    begin, end = spans.get(kind, (at, stop))
-                    spans[kind] = min(begin, at), max(end, stop)
+                    last = max(last, stop)  # of subtitles, too, whose end the container counts
+                    if (kind := kinds.get(packet.stream)) is not None:
+                        pictures += kind == "video"
+                        begin, end = spans.get(kind, (at, stop))
+                        spans[kind] = min(begin, at), max(end, stop)
             self.still = pictures == 1
             promised = self.origin + (self.container.duration or 0) / av.time_base
-            if max((end for _, end in spans.values()), default=0) < promised - 0.25:
+            if last < promised - 0.25:
                 # The file is cut. What is gone counts as promised, so that a window there is refused and not padded.
                 spans = {kind: (begin, promised) for kind, (begin, _) in spans.items()}
         return {kind: (float(begin - self.origin), float(end - self.origin)) for kind, (begin, end) in spans.items()}

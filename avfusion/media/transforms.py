@@ -77,8 +77,7 @@ def masked_transform(size: tuple[int, int], train: bool = False, crop_min: float
 
 
 def _normalised(geometry: list[v2.Transform]) -> v2.Transform:
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    return v2.Compose([*geometry, *to_tensor, v2.ToPureTensor()])
+    return v2.Compose([*geometry, v2.ToImage(), v2.ToPureTensor(), normalize])
 
 
 class LogMel(nn.Module):
