@@ -2,16 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from made_clips import noise, write_clip
 
-from avfusion import DeepAVFusion, EncoderConfig, LogMel, save_encoder
+from avfusion import DeepAVFusion, EncoderConfig, LogMel, load_encoder, save_encoder
 from avfusion.cli import main
 from avfusion.media.reader import read_clip
-from avfusion.media.transforms import image_pixels
+from avfusion.media.transforms import image_pixels, normalize
 from avfusion.models import programs
 from avfusion.models.programs import OUTPUTS, Spectrogram, export_program
 
@@ -37,9 +39,6 @@ def inputs(made, count):
 
 def expected(made, pixels, waveform):
     """By the parts that the model is otherwise fed with."""
-    from avfusion import load_encoder
-    from avfusion.media.transforms import normalize
-
     with torch.no_grad():
         x = load_encoder(made / "encoder.safetensors")(normalize(pixels), LogMel(n_mels=32)(waveform[:, None]))
     return [*x, torch.stack([tokens.mean(1) for tokens in x], 1)]
@@ -54,28 +53,40 @@ def test_spectrogram_is_log_mel(made):
         assert (found - own).norm() <= 2e-5 * own.norm()
 
 
-@pytest.mark.parametrize(("kind", "clip"), [("torch-export", False), ("onnx", True)])
-def test_command_writes_a_program_that_gives_the_models_features(made, tmp_path, capsys, kind, clip):
-    if kind == "onnx":
-        pytest.importorskip("onnxscript")
-        runtime = pytest.importorskip("onnxruntime")
-    out = tmp_path / f"program{programs.SUFFIXES[kind]}"
-    options = ["--clip", str(made / "clip.mp4")] if clip else []
-    assert main(["export", str(made / "encoder.safetensors"), "--format", kind, "--out", str(out), *options]) == 0
+def test_onnx_as_the_documentation_has_it(tmp_path, capsys, monkeypatch):
+    """At the documentation's sizes, with its own lines of pre-processing."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = DeepAVFusion(EncoderConfig(dim=48, depth=1, num_heads=3, fusion="dense")).eval()
+    save_encoder(model, "encoder.safetensors")
+    write_clip("my.mp4", seconds=4, sound=noise, rate=16000)
+    assert main(["export", "encoder.safetensors", "--format", "onnx", "--clip", "my.mp4"]) == 0
     assert "off the encoder by (norms) x_image" in capsys.readouterr().out
-    if kind == "onnx":
-        session = runtime.InferenceSession(out, providers=["CPUExecutionProvider"])
-        assert [x.name for x in session.get_inputs()] == ["pixels", "waveform"]
-        assert [x.name for x in session.get_outputs()] == list(OUTPUTS)
+    lines = (Path(__file__).parents[3] / "docs" / "export.md").read_text().split("```python\n")[2].split("```")[0]
+    said = {}
+    exec(lines, said)
+    with av.open("my.mp4") as file:
+        frame = next(file.decode(video=0)).to_image()
+    assert np.array_equal(said["pixels"], image_pixels()(frame))
+    sound = read_clip("my.mp4", start=0).waveform[0].numpy()  # whose time is not zero
+    alike = [np.corrcoef(said["waveform"][600:-600], np.roll(sound, by)[600:-600])[0, 1] for by in range(-600, 600)]
+    assert max(alike) > 0.999
+    with torch.no_grad():
+        x = model(normalize(torch.tensor(said["pixels"])[None]), LogMel()(torch.tensor(said["waveform"])[None, None]))
+    for name, tokens in zip(OUTPUTS, (*x, torch.stack([t.mean(1) for t in x], 1)), strict=True):
+        assert np.linalg.norm(said[name] - tokens.numpy()) <= 1e-4 * np.linalg.norm(tokens.numpy()), name
+
+
+def test_torch_export_gives_the_models_features(made, tmp_path, capsys):
+    out = tmp_path / "program.pt2"
+    assert main(["export", str(made / "encoder.safetensors"), "--format", "torch-export", "--out", str(out)]) == 0
+    assert "off the encoder by (norms) x_image" in capsys.readouterr().out
     for count in (1, 4):
         batch = inputs(made, count)
-        if kind == "onnx":
-            found = session.run(None, dict(zip(("pixels", "waveform"), (x.numpy() for x in batch), strict=True)))
-        else:
-            found = torch.export.load(out).module()(*batch)
-        for name, own, x in zip(OUTPUTS, found, expected(made, *batch), strict=True):
-            assert np.linalg.norm(np.asarray(own.detach() if torch.is_tensor(own) else own) - x.numpy()) <= (
-                1e-4 * np.linalg.norm(x.numpy())), name  # fmt: skip
+        for own, x in zip(torch.export.load(out).module()(*batch), expected(made, *batch), strict=True):
+            assert (own - x).norm() <= 1e-4 * x.norm()
 
 
 # A process of its own, without this package.
