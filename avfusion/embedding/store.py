@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+import re
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -215,6 +216,8 @@ class Store:
         except filelock.Timeout:
             told = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
             raise StoreError(f"{self.out}: in use by {told}: wait until it ends, or write to another folder") from None
+        for part in Path(self.out).glob(".*.part"):  # of a run that was killed
+            part.unlink()
         holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
 
     def _compare(self, other: dict[str, Any]) -> None:
@@ -234,9 +237,11 @@ class Store:
             return
         windows: dict[str, set[int]] = {}
         for path in found:
-            own, number = os.path.basename(path).split(".")[0].split("-")
-            if int(own) == self.rank:
-                self.number = int(number) + 1
+            place = re.fullmatch(r"(\d+)-(\d+)\.\w+", os.path.basename(path))
+            if place is None:
+                raise StoreError(f"{path}: no file of avfusion embed: give a folder of its own")
+            if int(place[1]) == self.rank:
+                self.number = int(place[2]) + 1
             rows, _ = read_rows(path, PLACE)
             self.rows += len(rows["file"])
             for file, window, count in zip(*(rows[name].tolist() for name in PLACE), strict=True):

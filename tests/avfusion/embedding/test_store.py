@@ -215,6 +215,12 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path):
             Store(tmp_path, MADE)
 
 
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "data.parquet").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"data\.parquet: no file of avfusion embed: give a folder of its own"):
+        Store(tmp_path, MADE)
+
+
 def rows(*places):
     found = {name: np.array(column, object if name == "file" else None) for name, column in zip(
         ("file", "window", "windows"), zip(*places, strict=True), strict=True)}  # fmt: skip
@@ -293,9 +299,10 @@ def test_killed_at_random_it_ends_with_the_same_rows(made, whole, tmp_path):
             child.kill()
         process.send_signal(signal.SIGKILL)
         process.communicate()
+    (out / ".000-000009.parquet.1.part").write_bytes(b"half")  # as one that is killed while it writes leaves it
     assert main(line(made, out, "--shard-rows", 1)) == 3
     assert_same_rows(Features.load(out), Features.load(whole))
-    assert not [name for name in os.listdir(out) if name.endswith(".part") and not name.startswith(".")]
+    assert not list(out.glob(".*.part"))
 
 
 def test_a_full_disk_loses_nothing(made, whole, tmp_path):
