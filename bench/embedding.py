@@ -1,7 +1,7 @@
 """What features of many hours of video cost: `python -m bench.embedding FOLDER` writes results/embedding.json and .md.
 
 Videos are made in FOLDER. `--only PART,...` measures some parts; entries of others stay. On two cores: decoding 1
-minute, folder 3, memory 20 (a video of two hours, by ViT-B), killed 5.
+minute, folder 4, files 1, long 17 (a video of two hours, by ViT-B), killed 2.
 """
 
 from __future__ import annotations
@@ -174,32 +174,41 @@ def memory_of(root: Path, name: str, *options: str) -> dict:
             "MiB above the model": round(peak - loaded)}  # fmt: skip
 
 
-def memory(folder: Path) -> dict:
+def encoder(folder: Path, name: str, config: EncoderConfig) -> list[str]:
     torch.manual_seed(0)
-    for name, config in (("vit-b", EncoderConfig(fusion="dense")), ("small", SMALL)):
-        save_encoder(DeepAVFusion(config), folder / f"{name}.safetensors")
-    found = {}
-    many = [video(folder / "many" / f"{number:04d}.mp4", 3, 64, 64, 10, rate=16000) for number in range(1000)]
-    for count in (100, 1000):
-        (folder / f"{count}.txt").write_text("\n".join(many[:count]))
-        found[f"{count} files, a small model"] = memory_of(
-            folder, str(count), f"@{folder}/{count}.txt", "--checkpoint", f"{folder}/small.safetensors")  # fmt: skip
+    save_encoder(DeepAVFusion(config), folder / f"{name}.safetensors")
+    return ["--checkpoint", str(folder / f"{name}.safetensors")]
+
+
+def short_clips(folder: Path, count: int) -> str:
+    """A list of clips of 3 s."""
+    clips = [video(folder / "many" / f"{number:04d}.mp4", 3, 64, 64, 10, rate=16000) for number in range(count)]
+    (folder / f"{count}.txt").write_text("\n".join(clips))
+    return f"@{folder / f'{count}.txt'}"
+
+
+def many_files(folder: Path) -> dict:
+    """By a small model, beside which the growth would be seen."""
+    small = encoder(folder, "small", SMALL)
+    return {
+        f"{count} files": memory_of(folder, str(count), short_clips(folder, count), *small) for count in (100, 1000)
+    }
+
+
+def long_files(folder: Path) -> dict:
+    """A window a second, by ViT-B in bfloat16."""
+    found, options = {}, ["--every", "1", "--dtype", "bf16", *encoder(folder, "vit-b", EncoderConfig(fusion="dense"))]
     for name, seconds in (("2 minutes", 120), ("2 hours", 7200)):
         path = video(folder / f"{seconds}.mp4", seconds, 320, 180, 10, "ultrafast", 16000)
-        found[f"{name}, a window a second, ViT-B in bf16"] = memory_of(
-            folder, str(seconds), path, "--every", "1", "--dtype", "bf16", "--checkpoint", f"{folder}/vit-b.safetensors"
-        )  # fmt: skip
+        found[name] = memory_of(folder, str(seconds), path, *options)
     return found
 
 
 def killed(folder: Path) -> dict:
     """500 clips, killed ten times at random, row by row against a run that is left alone."""
-    torch.manual_seed(0)
-    save_encoder(DeepAVFusion(SMALL), folder / "small.safetensors")
-    many = [video(folder / "many" / f"{number:04d}.mp4", 3, 64, 64, 10, rate=16000) for number in range(500)]
-    (folder / "500.txt").write_text("\n".join(many))
-    command = [sys.executable, "-m", "avfusion", "embed", f"@{folder}/500.txt", "--checkpoint",
-               f"{folder}/small.safetensors", "--windows", "3", "--shard-rows", "32", "--out"]  # fmt: skip
+    small = encoder(folder, "small", SMALL)
+    command = [sys.executable, "-m", "avfusion", "embed", short_clips(folder, 500), *small, "--at", "0,0.5,1",
+               "--shard-rows", "16", "--out"]  # fmt: skip
     for name in ("clean", "killed"):
         shutil.rmtree(folder / name, ignore_errors=True)
     subprocess.run([*command, str(folder / "clean")], check=True)
@@ -207,7 +216,7 @@ def killed(folder: Path) -> dict:
     for _ in range(10):
         process = subprocess.Popen([*command, str(folder / "killed")], start_new_session=True,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        time.sleep(chance.uniform(3.5, 6))
+        time.sleep(chance.uniform(2.5, 5))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         rows.append(len(Features.load(folder / "killed").clips) if list((folder / "killed").glob("*.parquet")) else 0)
@@ -219,7 +228,7 @@ def killed(folder: Path) -> dict:
             "largest difference of a feature": (clean.pooled - resumed.pooled).abs().max().item()}  # fmt: skip
 
 
-PARTS = {"decoding": decoding, "folder": folders, "memory": memory, "killed": killed}
+PARTS = {"decoding": decoding, "folder": folders, "files": many_files, "long": long_files, "killed": killed}
 
 
 def markdown(results: dict) -> str:

@@ -196,7 +196,9 @@ class Store:
     ):  # fmt: skip
         self.out, self.suffix, self.rank = os.fspath(out).rstrip("/"), suffix, rank
         self.made = {"format": FORMAT, "shards": suffix} | json.loads(json.dumps(made))
-        self.shard_rows, self.waiting, self.written = shard_rows, [], time.monotonic()
+        self.shard_rows, self.written = shard_rows, time.monotonic()
+        self.waiting: Rows = {}  # columns, of which so many rows are filled
+        self.filled = 0
         self.whole: set[str] = set()
         self.begun: dict[str, set[int]] = {}
         self.rows, self.number, self.lock = 0, 0, None
@@ -252,24 +254,34 @@ class Store:
 
     def add(self, rows: Rows) -> None:
         """Rows of whole windows; they are written when a shard is full."""
-        if not len(rows["file"]):
+        count = len(rows["file"])
+        if not count:
             return
-        self.waiting.append({name: x for name, x in rows.items() if name not in ("stream", "reason")})
         if self.shard_rows is None:
             size = sum(x[0].size for x in rows.values() if x.ndim > 1) * DTYPES[self.made["stored"]].itemsize
             self.shard_rows = max(SHARD // size, 1)
-        late = time.monotonic() - self.written > 60 * MINUTES
-        if late or sum(len(part["file"]) for part in self.waiting) >= self.shard_rows:
+        if self.waiting and self.filled + count > len(self.waiting["file"]):
+            self.flush()
+        if not self.waiting:
+            # One block a column, and no array a batch: what is kept between large arrays that come and go splits the
+            # heap, which then grows by half a megabyte a row.
+            size = self.shard_rows + count
+            self.waiting = {name: np.empty((size, *rows[name].shape[1:]), rows[name].dtype)
+                            for name in rows if name not in ("stream", "reason")}  # fmt: skip
+        for name, column in self.waiting.items():
+            column[self.filled : self.filled + count] = rows[name]
+        self.filled += count
+        if self.filled >= self.shard_rows or time.monotonic() - self.written > 60 * MINUTES:
             self.flush()
 
     def flush(self) -> None:
         """Write what waits as a shard. Raises StoreError."""
-        if not self.waiting:
+        if not self.filled:
             return
-        rows = {name: np.concatenate([part[name] for part in self.waiting]) for name in self.waiting[0]}
+        rows = {name: column[: self.filled] for name, column in self.waiting.items()}
         write_rows(f"{self.out}/{self.rank:03d}-{self.number:06d}.{self.suffix}", rows, self.made)
-        self.waiting, self.written = [], time.monotonic()
-        self.number, self.rows = self.number + 1, self.rows + len(rows["file"])
+        self.number, self.rows, self.written = self.number + 1, self.rows + self.filled, time.monotonic()
+        self.waiting, self.filled = {}, 0
 
     def close(self, failed: Sequence[ClipError] = (), *, stopped: bool = False) -> None:
         """Write what waits, and the manifest: what is done, which files failed, and whether the run has ended."""
