@@ -228,16 +228,67 @@ def killed(folder: Path) -> dict:
             "largest difference of a feature": (clean.pooled - resumed.pooled).abs().max().item()}  # fmt: skip
 
 
-PARTS = {"decoding": decoding, "folder": folders, "files": many_files, "long": long_files, "killed": killed}
+def searching(_: Path) -> dict:
+    """The 200 nearest of 200,000 rows in memory, as `avfusion search` asks, and by FAISS's exact index."""
+    rows = torch.nn.functional.normalize(torch.randn(200_000, 768, generator=torch.Generator().manual_seed(0)), dim=-1)
+    calls = {"torch": lambda: (rows @ rows[7]).topk(200)}
+    try:
+        import faiss
+
+        index = faiss.IndexFlatIP(768)
+        index.add(rows.numpy())
+        calls["FAISS, filled before"] = lambda: index.search(rows[7:8].numpy(), 200)
+        calls["FAISS, filling it"] = lambda: faiss.IndexFlatIP(768).add(rows.numpy())
+    except ImportError as error:
+        print(f"FAISS is left out: {error}")
+    return {"seconds": in_turns(calls, 5, 1)}
+
+
+PARTS = {"decoding": decoding, "folder": folders, "files": many_files, "long": long_files, "killed": killed,
+         "search": searching}  # fmt: skip
+
+
+def section(found: dict) -> list[str]:
+    """Rows of numbers as a table, what is deeper under its name, the rest as it is."""
+    rows = {name: row for name, row in found.items() if isinstance(row, dict)}
+    lines = [f"- {name}: {value}" for name, value in found.items() if name not in rows]
+    if rows and not any(isinstance(cell, dict) for row in rows.values() for cell in row.values()):
+        columns = list(next(iter(rows.values())))
+        lines += ["", f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+        lines += [f"| {name} | {' | '.join(str(row[column]) for column in columns)} |" for name, row in rows.items()]
+        return lines
+    for name, row in rows.items():
+        lines += ["", f"**{name}**", "", *section(row)]
+    return lines
 
 
 def markdown(results: dict) -> str:
-    lines = ["# Features of many hours of video", "", "By `python -m bench.embedding FOLDER`.", ""]
+    lines = ["# Features of many hours of video", "", "By `python -m bench.embedding FOLDER`. Memory is proportional",
+             "(PSS), of the process and its workers.", "", f"![what it costs]({PATH.stem}.png)"]  # fmt: skip
     for name, entry in results.items():
-        facts, how = entry["measured"], {key: entry[key] for key in entry if key not in ("measured", "device")}
-        lines += [f"## {name}", "", f"{entry['device']}; {json.dumps(how)}", "", "```",
-                  json.dumps(facts, indent=1), "```", ""]  # fmt: skip
-    return "\n".join(lines)
+        how = ", ".join(f"{key} {entry[key]}" for key in ("date", "commit", "threads"))
+        lines += ["", f"## {name}", "", f"{entry['device']}, {how}, torch {entry['versions']['torch']}", ""]
+        lines += section(entry["measured"])
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict) -> None:
+    """What decoding costs, and memory whatever there is to do."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    times = results.get("decoding", {}).get("measured", {}).get("seconds a window", {})
+    left.barh(list(times), [1000 * time["median"] for time in times.values()], color="#3182bd")
+    left.set(title="1080p, a window a second, one core", xlabel="ms a window")
+    held = {name: row for part in ("files", "long") for name, row in results.get(part, {}).get("measured", {}).items()}
+    loaded = [row["MiB, the model loaded"] for row in held.values()]
+    right.barh(list(held), loaded, color="#bdbdbd", label="the model loaded")
+    right.barh(list(held), [row["MiB above the model"] for row in held.values()], left=loaded, color="#e6550d",
+               label="above it")  # fmt: skip
+    right.set(title="peak memory (small model; long: ViT-B)", xlabel="MiB")
+    right.legend()
+    figure.savefig(PATH.with_suffix(".png"), dpi=120)
 
 
 def main() -> None:
@@ -254,6 +305,7 @@ def main() -> None:
         results[name] = facts | {"measured": found}
         write_json(PATH, results, indent=1)
         write_text(PATH.with_suffix(".md"), markdown(results))
+        draw(results)
         print(json.dumps(found, indent=1), flush=True)
 
 

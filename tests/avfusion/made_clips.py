@@ -106,3 +106,28 @@ def cut(path, share=0.5):
     with open(path, "r+b") as file:
         file.truncate(int(file.seek(0, 2) * share))
     return path
+
+
+def with_a_gap(path, rate=16000):
+    """Sound from 0 to 1 s and from 5 to 6 s, all of 0.5."""
+    with av.open(str(path), "w") as output:
+        video, audio = output.add_stream("libx264", rate=FPS), output.add_stream("pcm_s16le", rate=rate, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        packets = []
+        for i in range(6 * FPS):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            packets += video.encode(frame)
+        for second in (0, 5):
+            for part in range(10):
+                frame = av.AudioFrame.from_ndarray(np.full((1, rate // 10), 2**14, "i2"), format="s16", layout="mono")
+                frame.sample_rate, frame.time_base, frame.pts = (
+                    rate,
+                    Fraction(1, rate),
+                    second * rate + part * rate // 10,
+                )
+                packets += audio.encode(frame)
+        packets += [*video.encode(None), *audio.encode(None)]
+        for packet in sorted((p for p in packets if p.dts is not None), key=lambda p: p.dts * p.time_base):
+            output.mux(packet)
+    return str(path)

@@ -3,15 +3,13 @@
 import os
 import pickle
 import weakref
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from made_clips import CLICK, FPS, cut, noise, number, picture, write_clip
+from made_clips import CLICK, FPS, cut, noise, number, with_a_gap, write_clip
 from PIL import Image
 
 from avfusion.media.clip import ClipError
@@ -322,31 +320,6 @@ def test_window_past_the_end_is_reflected(tmp_path):
     x = torch.as_tensor(noise(RATE, 4)[3 * RATE :])
     expected = torch.cat([x, x.flip(0), x])
     torch.testing.assert_close(read_clip(path, start=3).waveform[0], expected, rtol=0, atol=1e-4)
-
-
-def with_a_gap(path):
-    """Sound from 0 to 1 s and from 5 to 6 s, all of 0.5."""
-    with av.open(str(path), "w") as output:
-        video, audio = output.add_stream("libx264", rate=FPS), output.add_stream("pcm_s16le", rate=RATE, layout="mono")
-        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        packets = []
-        for i in range(6 * FPS):
-            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, FPS)
-            packets += video.encode(frame)
-        for second in (0, 5):
-            for part in range(10):
-                frame = av.AudioFrame.from_ndarray(np.full((1, RATE // 10), 2**14, "i2"), format="s16", layout="mono")
-                frame.sample_rate, frame.time_base, frame.pts = (
-                    RATE,
-                    Fraction(1, RATE),
-                    second * RATE + part * RATE // 10,
-                )
-                packets += audio.encode(frame)
-        packets += [*video.encode(None), *audio.encode(None)]
-        for packet in sorted((p for p in packets if p.dts is not None), key=lambda p: p.dts * p.time_base):
-            output.mux(packet)
-    return str(path)
 
 
 def test_a_gap_in_the_sound_is_silent(tmp_path):

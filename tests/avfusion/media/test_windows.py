@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from made_clips import FPS, noise, number, picture, write_clip
+from made_clips import FPS, noise, number, picture, with_a_gap, write_clip
 
 from avfusion.media import streams
 from avfusion.media.clip import ClipError
@@ -142,6 +142,15 @@ def test_variable_frame_rates(tmp_path, name):
         (time,) = window.frame_times
         assert abs(100 * time - middle) <= nearest + 0.2
         assert times[number(window.frames[0])] == pytest.approx(100 * time, abs=0.2)
+
+
+def test_a_gap_in_the_sound_is_silent_in_every_window(tmp_path):
+    for window in read_windows(with_a_gap(tmp_path / "a.mkv"), Plan(every=0.5), duration=1):
+        at = window.start + torch.arange(16000) / 16000
+        heard = (at < 0.98) | (at > 5.02)
+        silent = (at > 1.02) & (at < 4.98)
+        assert window.waveform[0, heard].sub(0.5).abs().max() < 0.02 if heard.any() else silent.any()
+        assert window.waveform[0, silent].abs().max() == 0 if silent.any() else heard.any()
 
 
 def test_windows_that_lie_far_apart_are_sought(tmp_path, decoded, monkeypatch):
