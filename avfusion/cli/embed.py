@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     distributed.start(device, apart=True)
     windows = {"every": args.every, "at": args.at or (), "count": args.windows, "frames": args.frames}
     # On a CPU decoding takes an eighth of what the model does, and both want all cores.
-    size, workers = (128, os.cpu_count()) if device.type == "cuda" else (8, os.cpu_count() // 4)
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size, workers = (128, cores) if device.type == "cuda" else (8, cores // 4)
     embedder = Embedder(
         load(args, device), windows=windows | {"batch_size": args.batch_size or size}, dtype=dtype,
         pooled=not args.tokens, keep_frames=args.keep_frames, compile=args.compile,
@@ -122,8 +123,11 @@ def run(args: argparse.Namespace) -> int:
             "computed": str(dtype).removeprefix("torch."), "stored": args.store_dtype}  # fmt: skip
     # What becomes one file is a folder beside it until then.
     out = str(Path(args.out).with_name(f".{Path(args.out).name}.parts")) if single else args.out
-    store = Store(out, facts_of(embedder.model) | made, suffix=args.format or "parquet", shard_rows=args.shard_rows,
-                  rank=distributed.rank())  # fmt: skip
+    suffix, rank = (
+        args.format or ("safetensors" if args.out.endswith(".safetensors") else "parquet"),
+        distributed.rank(),
+    )
+    store = Store(out, facts_of(embedder.model) | made, suffix=suffix, shard_rows=args.shard_rows, rank=rank)
     distributed.barrier()  # the first has made the folder
     if store.whole or store.begun:
         distributed.say(f"{out}: goes on after {store.rows:,} rows of {len(store.whole) + len(store.begun):,} files")
@@ -135,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     finally:
         signal.signal(signal.SIGTERM, before)
-    if distributed.rank():
+        distributed.stop()
+    if rank:
         return 0  # the first tells
     if not store.rows:
         print(f"no clip could be read: {args.out} has no features", file=sys.stderr)

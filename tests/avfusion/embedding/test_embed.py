@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from made_clips import noise, write_clip
@@ -16,7 +17,7 @@ import avfusion.models.deepavfusion
 from avfusion.cli import main
 from avfusion.embedding.embed import embed_clips
 from avfusion.embedding.features import Features
-from avfusion.embedding.store import StoreError
+from avfusion.embedding.store import DTYPES, StoreError
 from avfusion.media.clip import ClipError
 from avfusion.media.reader import read_clip
 from avfusion.media.transforms import LogMel, image_transform
@@ -281,6 +282,22 @@ def test_program_embeds_with_a_checkpoint(clips, tmp_path):
     features = Features.load(tmp_path / "f.safetensors")
     assert features.checkpoint == "weights.safetensors"
     torch.testing.assert_close(features.pooled, embed_clips(model, clips["good"]).pooled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_default")
+@pytest.mark.parametrize(("suffix", "dtype"), [("safetensors", "bf16"), ("safetensors", "fp16"), ("parquet", "fp16"),
+                                               ("npy", "fp16")])  # fmt: skip
+def test_one_file_is_put_together_from_what_the_folder_would_hold(clips, tmp_path, suffix, dtype):
+    out = tmp_path / f"f.{suffix}"
+    line = ["embed", *clips["good"], "--windows", "2", "--store-dtype", dtype, "--shard-rows", "1", "--plot"]
+    assert main([*line, "--out", str(out)]) == 0
+    assert main([*line, "--out", str(tmp_path / "whole.safetensors"), "--store-dtype", "fp32"]) == 0
+    whole = Features.load(tmp_path / "whole.safetensors")
+    pooled = torch.from_numpy(np.load(out)).float() if suffix == "npy" else Features.load(out).pooled
+    expected = whole.pooled.to(DTYPES[dtype])
+    assert torch.equal(pooled, expected.float())
+    assert not list(tmp_path.glob(".*"))
+    assert len(os.listdir(tmp_path / "f_plots")) == len(whole.clips) == 8
 
 
 def test_heads_that_a_checkpoint_does_not_tell_are_given_or_named(clips, tmp_path, capsys):
