@@ -123,10 +123,8 @@ def run(args: argparse.Namespace) -> int:
             "computed": str(dtype).removeprefix("torch."), "stored": args.store_dtype}  # fmt: skip
     # What becomes one file is a folder beside it until then.
     out = str(Path(args.out).with_name(f".{Path(args.out).name}.parts")) if single else args.out
-    suffix, rank = (
-        args.format or ("safetensors" if args.out.endswith(".safetensors") else "parquet"),
-        distributed.rank(),
-    )
+    own = "safetensors" if args.out.endswith(".safetensors") else "parquet"
+    suffix, rank = args.format or own, distributed.rank()
     store = Store(out, facts_of(embedder.model) | made, suffix=suffix, shard_rows=args.shard_rows, rank=rank)
     distributed.barrier()  # the first has made the folder
     if store.whole or store.begun:

@@ -184,11 +184,11 @@ def test_command_searches_directories_and_takes_each_clip_once(clips, tmp_path, 
 
 
 @pytest.mark.usefixtures("small_default")
-@pytest.mark.parametrize("fusion", ["dense", "none"])
-def test_command_draws_each_clip_without_overwriting(clips, tmp_path, fusion):
+@pytest.mark.parametrize(("fusion", "suffix"), [("dense", "safetensors"), ("none", "npy")])
+def test_command_draws_each_clip_without_overwriting(clips, tmp_path, fusion, suffix):
     (tmp_path / "other").mkdir()
     paths = [clips["good"][0], str(shutil.copy(clips["good"][1], tmp_path / "other" / "a.mkv")), clips["good"][2]]
-    out = tmp_path / "f.safetensors"
+    out = tmp_path / f"f.{suffix}"
     assert main(["embed", *paths, "--out", str(out), "--plot", "--fusion", fusion]) == 0
     pictures = sorted(os.listdir(tmp_path / "f_plots"))
     assert pictures == ["a-2.png", "a.png", "c.png"]
@@ -289,7 +289,7 @@ def test_program_embeds_with_a_checkpoint(clips, tmp_path):
                                                ("npy", "fp16")])  # fmt: skip
 def test_one_file_is_put_together_from_what_the_folder_would_hold(clips, tmp_path, suffix, dtype):
     out = tmp_path / f"f.{suffix}"
-    line = ["embed", *clips["good"], "--windows", "2", "--store-dtype", dtype, "--shard-rows", "1", "--plot"]
+    line = ["embed", *clips["good"], "--windows", "2", "--store-dtype", dtype, "--shard-rows", "1"]
     assert main([*line, "--out", str(out)]) == 0
     assert main([*line, "--out", str(tmp_path / "whole.safetensors"), "--store-dtype", "fp32"]) == 0
     whole = Features.load(tmp_path / "whole.safetensors")
@@ -297,7 +297,7 @@ def test_one_file_is_put_together_from_what_the_folder_would_hold(clips, tmp_pat
     expected = whole.pooled.to(DTYPES[dtype])
     assert torch.equal(pooled, expected.float())
     assert not list(tmp_path.glob(".*"))
-    assert len(os.listdir(tmp_path / "f_plots")) == len(whole.clips) == 8
+    assert len(whole.clips) == 8
 
 
 def test_heads_that_a_checkpoint_does_not_tell_are_given_or_named(clips, tmp_path, capsys):
