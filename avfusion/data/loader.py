@@ -106,6 +106,18 @@ def check_failures(failed: int, tried: int, total: int, max_failed: float, last:
         )
 
 
+def iterator_of(loader: DataLoader) -> Iterator:
+    """`iter(loader)` without torch's handler of dead workers.
+
+    It raises wherever this process is, and names no clip: a death is found where a batch is missing.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    batches = iter(loader)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return batches
+
+
 def rows_by_class(source: Source) -> list[list[int]]:
     """The rows of each class that has some. Raises ValueError where none has a label."""
     rows: dict[int, list[int]] = {}
@@ -196,11 +208,7 @@ class ClipLoader:
         if self.consumed and not self.sampler.rest(self.consumed):  # left after the last batch
             self.epoch, self.consumed = self.epoch + 1, 0
         self.sampler.epoch, self.sampler.consumed = self.epoch, self.consumed
-        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        batches = iter(self.batches)
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            # torch's raises wherever this process is, and names no clip: a death is found where a batch is missing.
-            signal.signal(signal.SIGCHLD, handler)
+        batches = iterator_of(self.batches)
         while (found := self._next(batches)) is not None:
             batch, errors, tried = found
             self.consumed += self.sampler.global_batch

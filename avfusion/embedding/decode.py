@@ -9,8 +9,6 @@ A batch is a dictionary of arrays, a row a window:
 """
 
 import os
-import signal
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from avfusion.data.loader import iterator_of
 from avfusion.media.clip import ClipError
 from avfusion.media.reader import Excerpt, read_windows
 from avfusion.media.transforms import image_pixels, preprocessing
@@ -134,11 +133,7 @@ def decoded(decoder: Decoder, files: Sequence[str], num_workers: int = 0) -> Ite
     """
     source = _Files(decoder, files, num_workers)
     how = {"num_workers": num_workers, "in_order": False, "generator": torch.Generator()}  # spares the global generator
-    loader = DataLoader(source, batch_size=None, **how)
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    batches = iter(loader)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)  # torch's raises anywhere: a death is found where a batch is missing
+    batches = iterator_of(DataLoader(source, batch_size=None, **how))
     while True:
         try:
             batch = next(batches, None)
