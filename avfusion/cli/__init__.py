@@ -1,7 +1,7 @@
 """The command line, `avfusion COMMAND`: a file a command. Arguments in, one call, an exit status out.
 
-0 is success, 1 a failure with one line that says what to do, 2 a command line that cannot be meant, 130 Ctrl-C and 143
-SIGTERM. Modules of commands are loaded when they are called for, and so is what they need.
+0 is success, 3 where some clips failed, 1 a failure with one line that says what to do, 2 a command line that cannot be
+meant, 130 Ctrl-C and 143 SIGTERM. Modules of commands are loaded when they are called for, and so is what they need.
 """
 
 import os

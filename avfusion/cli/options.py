@@ -128,16 +128,8 @@ def check_folder(parser: argparse.ArgumentParser, option: str, folder: Path) -> 
 
 
 def video_files(args: argparse.Namespace) -> list[Path]:
-    """`args.clips`: files as given, directories as the video files under them; each once."""
-    from avfusion.data.table import VIDEO_SUFFIXES, find_videos
-
-    paths = []
-    for clip in args.clips:
-        found = find_videos(clip) if clip.is_dir() else [clip]
-        if not found:
-            args.parser.error(f"{clip}: no video files ({' '.join(VIDEO_SUFFIXES)}) under this directory")
-        paths += found
-    return list(dict.fromkeys(paths))
+    """`args.clips` as files of this machine."""
+    return list(map(Path, video_names(args)))
 
 
 def video_names(args: argparse.Namespace) -> list[str]:
@@ -145,7 +137,7 @@ def video_names(args: argparse.Namespace) -> list[str]:
     from avfusion.remote import filesystem
 
     names = []
-    for clip in args.clips:
+    for clip in map(str, args.clips):
         try:
             if clip.startswith("@") and not os.path.exists(clip):
                 files, name = filesystem(clip[1:])

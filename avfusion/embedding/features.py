@@ -96,7 +96,7 @@ class Features:
         """Read a file that `save`, or a folder that `avfusion embed`, wrote. Raises StoreError."""
         found = [read_rows(shard) for shard in shards(path)]
         made = dict(found[0][1])
-        if os.path.isdir(path) and (manifest := read_manifest(path)) is not None:
+        if (manifest := read_manifest(path)) is not None:
             made |= {"failed": manifest.get("failed", [])}
         return cls.of([rows for rows, _ in found], made)
 

@@ -40,21 +40,30 @@ class Collection:
         if other or made["config"]["dim"] != embedder.model.config.dim:
             raise ValueError(f"{path}: features of another encoder")
 
-    def nearest(self, query: Rows, count: int = 10, by: str = "joint") -> list[Hit]:
+    def nearest(
+        self, query: Rows, count: int = 10, by: str = "joint", *, other_than: Path | None = None
+    ) -> list[Hit]:  # fmt: skip
         """The windows most like the first row of `query`, the best first; of those that overlap, the best alone.
+
+        Windows of the file `other_than` are left out.
 
         By cosine of their `image`, `audio` or `fusion` features, or, "joint", by the mean of the three. Exact: every
         row is compared, shard by shard, so that a collection need not fit into memory.
         """
         names = POOLED if by == "joint" else (by,)
-        query, best = _joint(query, names)[0], []
+        query, best, duration = _joint(query, names)[0], [], _preprocessing(self.embedder)[2]["duration"]
         for rows in parts(self.path, ("file", "start", "end", *names)):
             similarity = _joint(rows, names) @ query
+            if other_than is not None:
+                own = [name for name in set(rows["file"]) if os.path.exists(name) and other_than.samefile(name)]
+                similarity[np.isin(rows["file"], own)] = -torch.inf
             values, index = similarity.topk(min(SPARE * count, len(similarity)))
-            ends = rows.get("end", rows["start"])  # files of version 0.1 tell none
+            ends = rows.get("end", np.full(len(similarity), np.nan))
+            ends = np.where(np.isnan(ends), rows["start"] + duration, ends)  # files of version 0.1 tell none
             best += [
                 Hit(value, rows["file"][row], float(rows["start"][row]), float(ends[row]))
                 for value, row in zip(values.tolist(), index.tolist(), strict=True)
+                if value > -np.inf
             ]
             best = heapq.nlargest(SPARE * count, best)
         found: list[Hit] = []

@@ -16,7 +16,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 import numpy as np
@@ -50,16 +50,15 @@ def write_rows(path: str, rows: Rows, made: dict[str, Any]) -> None:
 
     `made` is what they were made with; `made["stored"]` is the type of the features, one of `DTYPES`.
     """
-    data = io.BytesIO()
-    _parquet(data, rows, made) if path.endswith(".parquet") else data.write(_safetensors(rows, made))
+    write = _parquet if path.endswith(".parquet") else _safetensors
     try:
-        if is_remote(path):  # stores show an object when all of it has arrived
+        if is_remote(path):  # stores show an object when all of it has arrived; of half of one, they would show that
+            write(data := io.BytesIO(), rows, made)
             files, name = filesystem(path)
-            with files.open(name, "wb") as file:
-                file.write(data.getbuffer())
+            files.pipe_file(name, data.getvalue())
             return
         with writing(path) as part, open(part, "wb") as file:
-            file.write(data.getbuffer())
+            write(file, rows, made)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -67,7 +66,7 @@ def write_rows(path: str, rows: Rows, made: dict[str, Any]) -> None:
                          "run the same command again") from error  # fmt: skip
 
 
-def _parquet(file: io.BytesIO, rows: Rows, made: dict[str, Any]) -> None:
+def _parquet(file: BinaryIO, rows: Rows, made: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -75,7 +74,7 @@ def _parquet(file: io.BytesIO, rows: Rows, made: dict[str, Any]) -> None:
     columns = {}
     for name, x in rows.items():
         column = pa.array(x.tolist(), pa.string()) if x.dtype == object else pa.array(x.reshape(-1).astype(
-            x.dtype if x.ndim == 1 else kind))  # fmt: skip
+            x.dtype if x.ndim == 1 else kind, copy=False))  # fmt: skip
         for size in reversed(x.shape[1:]):
             column = pa.FixedSizeListArray.from_arrays(column, size)
         columns[name] = column
@@ -83,13 +82,13 @@ def _parquet(file: io.BytesIO, rows: Rows, made: dict[str, Any]) -> None:
     pq.write_table(table, file, use_dictionary=["file"], compression="zstd")
 
 
-def _safetensors(rows: Rows, made: dict[str, Any]) -> bytes:
+def _safetensors(file: BinaryIO, rows: Rows, made: dict[str, Any]) -> None:
     facts = {name: x.tolist() for name, x in rows.items() if x.ndim == 1}
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[made["stored"]])
         for name, x in rows.items() if x.ndim > 1
     }  # fmt: skip
-    return safetensors.torch.save(tensors, {"avfusion": json.dumps(made), "rows": json.dumps(facts)})
+    file.write(safetensors.torch.save(tensors, {"avfusion": json.dumps(made), "rows": json.dumps(facts)}))
 
 
 def read_rows(path: str, columns: Sequence[str] | None = None) -> tuple[Rows, dict[str, Any]]:
@@ -163,7 +162,7 @@ def shards(path: str | os.PathLike) -> list[str]:
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any] | None:
     """What a folder was made with, and which files are done and failed; None where it has none."""
-    files, name = filesystem(path)
+    files, name = filesystem(os.fspath(path).rstrip("/"))
     if not files.exists(f"{name}/{MANIFEST}"):
         return None
     try:

@@ -36,9 +36,7 @@ class Plan:
     """
 
     every: float | None = None  # a window each so many seconds, from the beginning on
-    at: tuple[
-        float, ...
-    ] = ()  # windows that begin at these seconds; they may reach past the end, where sound is reflected
+    at: tuple[float, ...] = ()  # windows that begin at these seconds; past the end, sound is reflected
     count: int | None = None  # so many, evenly spread: the first begins with the part, the last ends with it
 
     def __post_init__(self):

@@ -63,9 +63,7 @@ class Reporter:
                            tuple(sounds))  # fmt: skip
         if self.collection is not None:
             query, _ = ask_clip(self.collection.embedder, path)
-            hits = self.collection.nearest(query, self.neighbours + 1)  # the clip may be one of them
-            others = [hit for hit in hits if not (Path(hit.file).exists() and Path(hit.file).samefile(path))]
-            yield from map(hit_card, others[: self.neighbours])
+            yield from map(hit_card, self.collection.nearest(query, self.neighbours, other_than=path))
 
     def _overview(self, path: Path) -> Card:
         frames, waveform = read_whole(
@@ -90,7 +88,7 @@ def hit_card(hit: Hit) -> Card:
     """A window that is like what was asked for: its frame, its sound, where it is."""
     title, caption = f"like it: {Path(hit.file).name}", f"similarity {hit.similarity:.3f} · from {hit.start:.1f} s"
     try:
-        clip = read_clip(hit.file, start=hit.start, duration=max(hit.end - hit.start, 1.0))
+        clip = read_clip(hit.file, start=hit.start, duration=hit.end - hit.start)
     except ClipError as error:
         blank = np.full((1, SIDE, SIDE, 3), 200, np.uint8)
         return Card(title, f"{caption} · {error}", blank, np.zeros(1), np.zeros(1, np.float32))

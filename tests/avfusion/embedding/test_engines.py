@@ -8,28 +8,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from made_clips import noise, write_clip
 
 import avfusion
-from avfusion import Decoder, DeepAVFusion, Embedder, EncoderConfig, Features, save_encoder
+from avfusion import Decoder, Embedder, Features
 from avfusion.cli import main
 from avfusion.embedding import decode
 from avfusion.embedding.store import read_manifest
 
-CONFIG = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 48), audio_size=(32, 64), fusion="dense")
+from .test_store import CONFIG, write_set
+
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint, and clips of which one is damaged, and one is longer than the others."""
-    root = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    save_encoder(DeepAVFusion(CONFIG), root / "encoder.safetensors")
-    for number in range(6):
-        write_clip(root / f"{number}.mp4", seconds=1.5 + 4 * (number == 2), sound=noise, rate=16000)
-    (root / "damaged.mp4").write_bytes((root / "1.mp4").read_bytes()[:3000])
-    return root
+    return write_set(tmp_path_factory.mktemp("made"), 6, longest=2)
 
 
 def line(made, out, *options):

@@ -83,6 +83,26 @@ def test_of_windows_that_overlap_the_best_is_shown(made, collection):
             assert a is b or a.file != b.file or a.end <= b.start or b.end <= a.start
 
 
+def test_the_windows_of_the_file_itself_are_left_out(made, collection):
+    """Of which there may be more than are asked for."""
+    clip = made / "clips" / "gray.mp4"
+    query, _ = ask_clip(collection.embedder, clip)
+    assert collection.nearest(query, 2)[0].file == str(clip)
+    others = collection.nearest(query, 2, other_than=clip)
+    assert len(others) == 2
+    assert str(clip) not in {hit.file for hit in others}
+
+
+def test_windows_of_files_that_tell_no_end_are_the_models(made, collection, tmp_path):
+    features = Features.load(made / "features")
+    features.ends = [float("nan")] * len(features.ends)
+    features.save(tmp_path / "old.safetensors")
+    query, _ = ask_clip(collection.embedder, made / "clips" / "gray.mp4")
+    hits = Collection(tmp_path / "old.safetensors", collection.embedder).nearest(query, 50)
+    assert all(hit.end - hit.start == pytest.approx(1.0) for hit in hits)
+    assert len(hits) <= 12  # those that overlap are left out
+
+
 def test_a_sound_and_a_picture_find_their_clips(made, collection, tmp_path):
     for name, level, hertz in (("dark", 20, 200), ("white", 240, 3000)):
         soundfile.write(tmp_path / "a.wav", tone(hertz)(16000, 2), 16000)

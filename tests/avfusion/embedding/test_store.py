@@ -28,16 +28,19 @@ CONFIG = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 48), audio_
 MADE = {"weights": "abc", "stored": "fp32", "checkpoint": "a.pth", "windows": {"at": (), "every": 1.0}}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A checkpoint, and five clips of which the first is long, and one is damaged."""
-    root = tmp_path_factory.mktemp("made")
+def write_set(root, count, longest):
+    """A checkpoint; clips of 1.5 s of which one has 5.5 s; a damaged one."""
     torch.manual_seed(0)
     save_encoder(DeepAVFusion(CONFIG), root / "encoder.safetensors")
-    for number in range(5):
-        write_clip(root / f"{number}.mp4", seconds=1.5 + 4 * (number == 0), sound=noise, rate=16000)
+    for number in range(count):
+        write_clip(root / f"{number}.mp4", seconds=1.5 + 4 * (number == longest), sound=noise, rate=16000)
     (root / "damaged.mp4").write_bytes((root / "1.mp4").read_bytes()[:3000])
     return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("made"), 5, longest=0)
 
 
 def line(made, out, *options):
