@@ -256,8 +256,7 @@ def section(found: dict) -> list[str]:
 
 
 def markdown(results: dict) -> str:
-    about = ("By `python -m bench.embedding FOLDER`. Memory is resident, of one process, by the kernel's mark, set back\n"
-             "when the model is loaded.")  # fmt: skip
+    about = "By `python -m bench.embedding FOLDER`. Memory: resident, one process, highest once the model is loaded."
     lines = ["# Features of many hours of video", "", about, "", f"![what it costs]({PATH.stem}.png)"]
     for name, entry in results.items():
         how = ", ".join(f"{key} {entry[key]}" for key in ("date", "commit", "threads"))
