@@ -1,6 +1,10 @@
 """Side by side (`pytest -n logical`): a file a process, one thread each, and what takes long first."""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as what a shell runs in its background inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported

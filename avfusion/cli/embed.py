@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     plots, files = check(args), options.video_names(args)
-    device = options.machine(args)
+    cluster = join(args) if args.engine == "ray" else None
+    device = cluster or options.machine(args)
     dtype, single = options.dtype_of(args, device), args.out.endswith(FILES)
 
     from avfusion import distributed
@@ -109,14 +110,15 @@ def run(args: argparse.Namespace) -> int:
     from avfusion.embedding.features import Features, facts_of
     from avfusion.embedding.store import Store
 
-    distributed.start(device, apart=True)
+    if cluster is None:
+        distributed.start(device, apart=True)
     windows = {"every": args.every, "at": args.at or (), "count": args.windows, "frames": args.frames}
     # On a CPU decoding takes an eighth of what the model does, and both want all cores.
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size, workers = (128, cores) if device.type == "cuda" else (8, cores // 4)
     embedder = Embedder(
-        load(args, device), windows=windows | {"batch_size": args.batch_size or size}, dtype=dtype,
-        pooled=not args.tokens, keep_frames=args.keep_frames, compile=args.compile,
+        load(args, "cpu" if cluster else device), windows=windows | {"batch_size": args.batch_size or size},
+        dtype=dtype, pooled=not args.tokens, keep_frames=args.keep_frames, compile=args.compile,
     )  # fmt: skip
     check_space(args, embedder, files)
     made = {"checkpoint": args.checkpoint, "windows": windows, "tokens": args.tokens, "keep_frames": args.keep_frames,
@@ -132,8 +134,8 @@ def run(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         failed = embed_files(
-            embedder, files, store, num_workers=workers if args.workers is None else args.workers, engine=args.engine,
-            address=args.address, progress=True,
+            embedder, files, store, num_workers=workers if args.workers is None else args.workers, cluster=cluster,
+            progress=True,
         )  # fmt: skip
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -172,6 +174,8 @@ def check(args: argparse.Namespace) -> Path | None:
         error("--address is of a Ray cluster: give --engine ray")
     if args.engine == "ray" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         error("--engine ray starts processes of its own: leave torchrun out")
+    if args.engine == "ray" and args.threads:
+        error("--threads is of this machine's processes: Ray gives its own theirs")
     if args.engine == "ray" and find_spec("ray") is None:
         error("--engine ray needs Ray Data: pip install 'avfusion[ray]'")
     suffix = out.suffix if single else f".{args.format or 'parquet'}"
@@ -202,6 +206,18 @@ def check(args: argparse.Namespace) -> Path | None:
     return plots
 
 
+def join(args: argparse.Namespace) -> "torch.device":
+    """Joins Ray's cluster and returns where it computes; a usage error where that cannot be."""
+    from avfusion.embedding.engines import join_cluster
+
+    try:
+        return join_cluster(args.address, args.device)
+    except ConnectionError as error:
+        args.parser.error(f"--address {args.address}: {error}")
+    except ValueError as error:
+        args.parser.error(f"--address {args.address} --device {args.device}: {error}")
+
+
 def check_space(args: argparse.Namespace, embedder: "Embedder", files: list[str]) -> None:
     """A usage error where the rows, by the length of some of the files, do not fit on the disk."""
     from avfusion.media.reader import length_of
@@ -223,7 +239,7 @@ def check_space(args: argparse.Namespace, embedder: "Embedder", files: list[str]
                           "are free: another disk, --store-dtype fp16, or without --tokens")  # fmt: skip
 
 
-def load(args: argparse.Namespace, device: "torch.device") -> "DeepAVFusion":
+def load(args: argparse.Namespace, device: "torch.device | str") -> "DeepAVFusion":
     import torch
 
     from avfusion.models.checkpoint import load_encoder

@@ -109,7 +109,8 @@ def dtype_of(args: argparse.Namespace, device: "torch.device") -> "torch.dtype":
     import torch
 
     known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    gpu, bf16 = device.type == "cuda", device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    gpu = device.type == "cuda"  # or one of a cluster, which cannot be asked from here
+    bf16 = not gpu or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     if args.dtype == "auto":
         return known["fp32" if not gpu else "bf16" if bf16 else "fp16"]
     if args.dtype == "bf16" and not bf16:

@@ -77,9 +77,9 @@ class Embedder:
         return facts
 
     def arguments(self) -> dict[str, Any]:
-        """Of another like it, elsewhere: its model is a copy on the CPU, to be moved to a device of the same kind."""
-        return {"model": deepcopy(self.model).cpu(), "device": self.device.type, "dtype": self.dtype,
-                "pooled": self.pooled, "keep_frames": self.keep_frames, "compile": self.compile}  # fmt: skip
+        """Of another like it, elsewhere: its model is a copy on the CPU."""
+        return {"model": deepcopy(self.model).cpu(), "dtype": self.dtype, "pooled": self.pooled,
+                "keep_frames": self.keep_frames, "compile": self.compile}  # fmt: skip
 
     @torch.inference_mode()
     def _features(self, pixels: np.ndarray, waveform: np.ndarray) -> dict[str, Tensor]:

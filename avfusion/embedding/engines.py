@@ -5,6 +5,8 @@ All give the same batches to the same `Embedder`, and its rows to a `Store`.
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from avfusion import distributed
 from avfusion.common import Progress
 from avfusion.embedding.decode import decoded
@@ -14,20 +16,20 @@ from avfusion.media.clip import ClipError
 
 
 def embed_files(
-    embedder: Embedder, files: Sequence[str], store: Store, *, num_workers: int = 0, engine: str = "local",
-    address: str | None = None, progress: bool = False,
+    embedder: Embedder, files: Sequence[str], store: Store, *, num_workers: int = 0,
+    cluster: torch.device | None = None, progress: bool = False,
 ) -> list[ClipError]:  # fmt: skip
     """Write the features of files to a store, but for those that are there; returns what could not be read.
 
-    Of several processes of torchrun, each takes its share of the files, and gets what all could not read. The engine
-    "ray" embeds by Ray Data, in a cluster at `address` or one of this machine's own.
+    Of several processes of torchrun, each takes its share of the files, and gets what all could not read. `cluster`:
+    embed by Ray Data in the cluster that `join_cluster` has joined, on devices of this kind.
 
     However it ends, what is done is written.
     """
     todo = [file for file in files if file not in store.whole]
     embedder.decoder.skip = store.begun
-    if engine == "ray":
-        rows = _ray(embedder, todo, address)
+    if cluster is not None:
+        rows = _ray(embedder, todo, cluster)
     else:
         todo = todo[distributed.rank() :: distributed.world_size()]
         rows = map(embedder, decoded(embedder.decoder, todo, num_workers))
@@ -58,17 +60,37 @@ def embed_files(
     return failed
 
 
-def _ray(embedder: Embedder, files: Sequence[str], address: str | None) -> Iterator[Rows]:
-    """Decoding as tasks on every core, an `Embedder` a GPU or, where there is none, one on the CPU."""
+def join_cluster(address: str | None = None, device: str = "auto") -> torch.device:
+    """Join a Ray cluster (None: one of this machine's own); returns the kind of device that embedders have there.
+
+    "auto" takes the cluster's GPUs, if it has any: this process needs none. Raises ConnectionError where no cluster
+    is, and ValueError where it has no such device.
+    """
     import ray
 
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False)
+    gpus = ray.cluster_resources().get("GPU", 0) >= 1
+    if device == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    if device not in ("cpu", "cuda") or (device == "cuda" and not gpus):
+        raise ValueError(f"a Ray cluster {'with' if gpus else 'without'} GPUs: expected auto{', cuda' * gpus} or cpu")
+    return torch.device(device)
+
+
+def _ray(embedder: Embedder, files: Sequence[str], device: torch.device) -> Iterator[Rows]:
+    """Decoding as tasks on every core, an `Embedder` a GPU or, where there is none, one on the CPU."""
+    import ray
+
     if not files:
         return
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if embedder.device.type == "cuda" else 0
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if device.type == "cuda" else 0
     actors = {"concurrency": max(gpus, 1), "num_gpus": min(gpus, 1), "batch_size": embedder.decoder.batch_size}
     found = ray.data.from_items([{"file": file} for file in files], override_num_blocks=min(len(files), 1000))
     windows = found.map_batches(embedder.decoder, batch_size=1)
-    rows = windows.map_batches(Embedder, fn_constructor_kwargs=embedder.arguments(), **actors)
-    yield from rows.iter_batches(batch_size=None, batch_format="numpy")
+    how = embedder.arguments() | {"device": device.type}
+    rows = windows.map_batches(Embedder, fn_constructor_kwargs=how, **actors)
+    try:
+        yield from rows.iter_batches(batch_size=None, batch_format="numpy")
+    except ray.exceptions.RayError as error:  # its text is the traceback of another process
+        raise RuntimeError(f"Ray: {str(error).strip().splitlines()[-1]}") from error

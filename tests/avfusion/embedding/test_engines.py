@@ -13,6 +13,7 @@ import avfusion
 from avfusion import Decoder, Embedder, Features
 from avfusion.cli import main
 from avfusion.embedding import decode
+from avfusion.embedding.engines import join_cluster
 from avfusion.embedding.store import read_manifest
 
 from .test_store import CONFIG, write_set
@@ -139,18 +140,37 @@ def test_torchrun(made, expected, tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray")
+    before = signal.getsignal(signal.SIGTERM)  # Ray leaves one of its own
     # Its workers import these tests' modules, too: what is sent to them names them.
-    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False,
+    ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, include_dashboard=False,
              runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})  # fmt: skip
     yield ray
     ray.shutdown()
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_ray(made, expected, tmp_path, cluster):
-    assert main(line(made, tmp_path / "f", "--engine", "ray")) == 3
+    assert main(line(made, tmp_path / "f", "--engine", "ray", "--device", "cpu")) == 3
     assert_same_rows(Features.load(tmp_path / "f"), expected)
-    assert main(line(made, tmp_path / "f", "--engine", "ray")) == 3
+    assert main(line(made, tmp_path / "f", "--engine", "ray", "--device", "cpu")) == 3
     assert_same_rows(Features.load(tmp_path / "f"), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows that a cluster's GPU is asked for by its failure")
+def test_embedders_take_the_gpus_of_a_cluster_where_this_machine_has_none(made, tmp_path, cluster, capfd):
+    assert main(line(made, tmp_path / "f", "--engine", "ray")) == 1
+    assert "avfusion embed: error: Ray: RuntimeError: Found no NVIDIA driver" in capfd.readouterr().err
+    assert read_manifest(tmp_path / "f")["made"]["computed"] == "bfloat16"
+
+
+def test_devices_of_a_cluster(monkeypatch, cluster):
+    assert (join_cluster(device="auto").type, join_cluster(device="cpu").type) == ("cuda", "cpu")
+    with pytest.raises(ValueError, match="with GPUs: expected auto, cuda or cpu"):
+        join_cluster(device="cuda:1")
+    monkeypatch.setattr(cluster, "cluster_resources", dict)
+    assert join_cluster(device="auto").type == "cpu"
+    with pytest.raises(ValueError, match="without GPUs: expected auto or cpu"):
+        join_cluster(device="cuda")
 
 
 def test_ray_data_as_the_documentation_has_it(made, expected, cluster, tmp_path):
