@@ -174,8 +174,8 @@ def check(args: argparse.Namespace) -> Path | None:
         error("--address is of a Ray cluster: give --engine ray")
     if args.engine == "ray" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         error("--engine ray starts processes of its own: leave torchrun out")
-    if args.engine == "ray" and args.threads:
-        error("--threads is of this machine's processes: Ray gives its own theirs")
+    if args.engine == "ray" and (args.threads or args.workers is not None):
+        error("--threads and --workers are of this machine: Ray decodes and embeds on all cores of its cluster")
     if args.engine == "ray" and find_spec("ray") is None:
         error("--engine ray needs Ray Data: pip install 'avfusion[ray]'")
     suffix = out.suffix if single else f".{args.format or 'parquet'}"

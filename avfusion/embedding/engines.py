@@ -3,13 +3,14 @@
 All give the same batches to the same `Embedder`, and its rows to a `Store`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from avfusion import distributed
 from avfusion.common import Progress
-from avfusion.embedding.decode import decoded
+from avfusion.embedding.decode import Decoder, decoded
 from avfusion.embedding.embed import Embedder
 from avfusion.embedding.store import Rows, Store, StoreError
 from avfusion.media.clip import ClipError
@@ -79,18 +80,37 @@ def join_cluster(address: str | None = None, device: str = "auto") -> torch.devi
 
 
 def _ray(embedder: Embedder, files: Sequence[str], device: torch.device) -> Iterator[Rows]:
-    """Decoding as tasks on every core, an `Embedder` a GPU or, where there is none, one on the CPU."""
+    """Decoding as tasks on every core and an `Embedder` a GPU; without GPUs, one a core that decodes for itself."""
     import ray
+    from ray.data import ActorPoolStrategy
 
     if not files:
         return
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if device.type == "cuda" else 0
-    actors = {"concurrency": max(gpus, 1), "num_gpus": min(gpus, 1), "batch_size": embedder.decoder.batch_size}
     found = ray.data.from_items([{"file": file} for file in files], override_num_blocks=min(len(files), 1000))
-    windows = found.map_batches(embedder.decoder, batch_size=1)
-    how = embedder.arguments() | {"device": device.type}
-    rows = windows.map_batches(Embedder, fn_constructor_kwargs=how, **actors)
+    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+    decoder, how = embedder.decoder, embedder.arguments() | {"device": device.type}
+    if device.type == "cuda":
+        rows = found.map_batches(decoder, batch_size=1).map_batches(
+            Embedder, fn_constructor_kwargs=how, batch_size=decoder.batch_size, num_gpus=1,
+            compute=ActorPoolStrategy(size=gpus),
+        )  # fmt: skip
+    else:
+        rows = found.map_batches(
+            _Alone, fn_constructor_kwargs=how | {"decoder": decoder}, batch_size=1, num_cpus=1,
+            compute=ActorPoolStrategy(size=min(cpus, len(files))),
+        )  # fmt: skip
     try:
         yield from rows.iter_batches(batch_size=None, batch_format="numpy")
     except ray.exceptions.RayError as error:  # its text is the traceback of another process
         raise RuntimeError(f"Ray: {str(error).strip().splitlines()[-1]}") from error
+
+
+class _Alone(Embedder):
+    """An embedder that decodes for itself: files to rows, a batch of windows at a time."""
+
+    def __init__(self, decoder: Decoder, **how):
+        super().__init__(**how)
+        self.decoder = decoder
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> Iterator[Rows]:
+        yield from map(super().__call__, self.decoder(batch))

@@ -177,7 +177,8 @@ def test_ray_data_as_the_documentation_has_it(made, expected, cluster, tmp_path)
     model, paths = avfusion.load_encoder(made / "encoder.safetensors"), [str(made / f"{n}.mp4") for n in range(6)]
     files = cluster.data.from_items([{"file": path} for path in paths])
     windows = files.map_batches(Decoder(model.config, every=0.5), batch_size=1)
-    rows = windows.map_batches(Embedder, fn_constructor_args=[model], batch_size=16, concurrency=1)
+    embedder = {"fn_constructor_kwargs": {"model": model, "device": "cpu"}, "num_cpus": 1}
+    rows = windows.map_batches(Embedder, batch_size=16, compute=cluster.data.ActorPoolStrategy(size=1), **embedder)
     rows.write_parquet(str(tmp_path / "rows"))
     frame = pytest.importorskip("pandas").read_parquet(tmp_path / "rows").sort_values(["file", "window"])
     assert frame.file.tolist() == expected.clips
