@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     size, workers = (128, cores) if device.type == "cuda" else (8, cores // 4)
     embedder = Embedder(
-        load(args, "cpu" if cluster else device), windows=windows | {"batch_size": args.batch_size or size},
+        load(args, device if cluster is None else "cpu"), windows=windows | {"batch_size": args.batch_size or size},
         dtype=dtype, pooled=not args.tokens, keep_frames=args.keep_frames, compile=args.compile,
     )  # fmt: skip
     check_space(args, embedder, files)
@@ -176,6 +176,8 @@ def check(args: argparse.Namespace) -> Path | None:
         error("--engine ray starts processes of its own: leave torchrun out")
     if args.engine == "ray" and (args.threads or args.workers is not None):
         error("--threads and --workers are of this machine: Ray decodes and embeds on all cores of its cluster")
+    if args.engine == "ray" and args.device not in ("auto", "cpu", "cuda"):
+        error(f"--device {args.device}: Ray gives each process its device: expected auto, cuda or cpu")
     if args.engine == "ray" and find_spec("ray") is None:
         error("--engine ray needs Ray Data: pip install 'avfusion[ray]'")
     suffix = out.suffix if single else f".{args.format or 'parquet'}"
@@ -212,10 +214,8 @@ def join(args: argparse.Namespace) -> "torch.device":
 
     try:
         return join_cluster(args.address, args.device)
-    except ConnectionError as error:
-        args.parser.error(f"--address {args.address}: {error}")
-    except ValueError as error:
-        args.parser.error(f"--address {args.address} --device {args.device}: {error}")
+    except (ConnectionError, ValueError) as error:
+        args.parser.error(f"--engine ray: {error}")
 
 
 def check_space(args: argparse.Namespace, embedder: "Embedder", files: list[str]) -> None:

@@ -64,19 +64,17 @@ def embed_files(
 def join_cluster(address: str | None = None, device: str = "auto") -> torch.device:
     """Join a Ray cluster (None: one of this machine's own); returns the kind of device that embedders have there.
 
-    "auto" takes the cluster's GPUs, if it has any: this process needs none. Raises ConnectionError where no cluster
-    is, and ValueError where it has no such device.
+    `device` is "cuda", "cpu", or "auto": the cluster's GPUs, if it has any. This process needs none. Raises
+    ConnectionError where no cluster is, and ValueError where it has no GPU, or the address cannot be one.
     """
     import ray
 
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False)
     gpus = ray.cluster_resources().get("GPU", 0) >= 1
-    if device == "auto":
-        return torch.device("cuda" if gpus else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not gpus):
-        raise ValueError(f"a Ray cluster {'with' if gpus else 'without'} GPUs: expected auto{', cuda' * gpus} or cpu")
-    return torch.device(device)
+    if device == "cuda" and not gpus:
+        raise ValueError("--device cuda: the cluster has no GPU; take auto or cpu")
+    return torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
 
 
 def _ray(embedder: Embedder, files: Sequence[str], device: torch.device) -> Iterator[Rows]:

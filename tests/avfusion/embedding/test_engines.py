@@ -1,6 +1,7 @@
 """One process, workers, torchrun and Ray Data: the same rows."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,16 +138,35 @@ def test_torchrun(made, expected, tmp_path):
     assert main(line(made, tmp_path / "f")) == 3  # one process goes on where two have ended
 
 
+@pytest.fixture(scope="module", autouse=True)
+def handler():
+    """Ray leaves one of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray")
-    before = signal.getsignal(signal.SIGTERM)  # Ray leaves one of its own
     # Its workers import these tests' modules, too: what is sent to them names them.
     ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, include_dashboard=False,
              runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})  # fmt: skip
     yield ray
     ray.shutdown()
-    signal.signal(signal.SIGTERM, before)
+
+
+NOWHERE = {"auto": "Could not find any running Ray instance", "nonsense": "Invalid address format: nonsense"}
+
+
+@pytest.mark.parametrize(("address", "told"), NOWHERE.items())
+def test_a_cluster_that_is_not_there(made, tmp_path, capsys, address, told):
+    if pytest.importorskip("ray").is_initialized():
+        pytest.fail("a cluster was left running")
+    with pytest.raises(SystemExit) as ended:
+        main(line(made, tmp_path / "f", "--engine", "ray", "--address", address))
+    assert ended.value.code == 2
+    assert f"--engine ray: {told}" in capsys.readouterr().err
 
 
 def test_ray(made, expected, tmp_path, cluster):
@@ -159,17 +179,16 @@ def test_ray(made, expected, tmp_path, cluster):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows that a cluster's GPU is asked for by its failure")
 def test_embedders_take_the_gpus_of_a_cluster_where_this_machine_has_none(made, tmp_path, cluster, capfd):
     assert main(line(made, tmp_path / "f", "--engine", "ray")) == 1
-    assert "avfusion embed: error: Ray: RuntimeError: Found no NVIDIA driver" in capfd.readouterr().err
+    told = capfd.readouterr().err  # by torch for CUDA, or by one that knows none
+    assert re.search("embed: error: Ray: .*(Found no NVIDIA driver|not compiled with CUDA)", told)
     assert read_manifest(tmp_path / "f")["made"]["computed"] == "bfloat16"
 
 
 def test_devices_of_a_cluster(monkeypatch, cluster):
     assert (join_cluster(device="auto").type, join_cluster(device="cpu").type) == ("cuda", "cpu")
-    with pytest.raises(ValueError, match="with GPUs: expected auto, cuda or cpu"):
-        join_cluster(device="cuda:1")
     monkeypatch.setattr(cluster, "cluster_resources", dict)
     assert join_cluster(device="auto").type == "cpu"
-    with pytest.raises(ValueError, match="without GPUs: expected auto or cpu"):
+    with pytest.raises(ValueError, match="the cluster has no GPU"):
         join_cluster(device="cuda")
 
 
