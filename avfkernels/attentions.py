@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from avfkernels.choice import materialises
 from avfkernels.ops.common import attend, join_masks, masked_softmax, pair_mask
 from avfkernels.ops.latent import absorb, absorbed_attention
-from avfkernels.ops.linear import split_linear
+from avfkernels.ops.linear import apply_linear, linear, split_linear
 from avfkernels.ops.pair import INTERACTIONS, pair_attention
 
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         return F.dropout(_softmax_weights(q, k, self.scale, mask), self.dropout_p()) @ v
 
     def project(self, out: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.proj_drop(apply_linear(self.proj, out.transpose(1, 2).flatten(2)))
 
 
 class TokenAttention(Attention):
@@ -115,10 +115,10 @@ class TokenAttention(Attention):
         return ((self.kv.weight, self.kv.bias),) * 2
 
     def read(self, x_visual, x_audio):
-        return self.kv(x_visual), self.kv(x_audio)
+        return apply_linear(self.kv, x_visual), apply_linear(self.kv, x_audio)
 
     def update(self, x, kv_visual, kv_audio, return_attention=False, visual_mask=None, audio_mask=None):
-        q = _heads(self.q(x), self.num_heads)
+        q = _heads(apply_linear(self.q, x), self.num_heads)
         k, v = _key_value_heads(torch.cat((kv_visual, kv_audio), dim=1), self.num_heads)
         sizes = kv_visual.shape[1], kv_audio.shape[1]
         mask = join_masks(visual_mask, audio_mask, *sizes)
@@ -150,7 +150,7 @@ class DenseAttention(Attention):
             return super().forward(x, x_visual, x_audio, return_attention, visual_mask, audio_mask)
         k, v = _key_value_heads(self.kv(_pairs(x_audio, x_visual)), self.num_heads)
         mask = pair_mask(audio_mask, visual_mask, x_audio.shape[1], x_visual.shape[1])
-        return self.project(self.attend(_heads(self.q(x), self.num_heads), k, v, mask))
+        return self.project(self.attend(_heads(apply_linear(self.q, x), self.num_heads), k, v, mask))
 
     # W [x_a ; x_v] + b = W_a x_a + (W_v x_v + b). A product takes the bias on both factors.
 
@@ -165,7 +165,7 @@ class DenseAttention(Attention):
         return kv_visual, kv_audio
 
     def update(self, x, kv_visual, kv_audio, return_attention=False, visual_mask=None, audio_mask=None):
-        q = _heads(self.q(x), self.num_heads)
+        q = _heads(apply_linear(self.q, x), self.num_heads)
         k_a, v_a = _key_value_heads(kv_audio, self.num_heads)
         k_v, v_v = _key_value_heads(kv_visual, self.num_heads)
         out = pair_attention(
@@ -201,7 +201,7 @@ class LatentCrossAttention(Attention):
 
         Tokens that have been projected already are their keys and values [B, N, 2D].
         """
-        q = _heads(self.q(latents), self.num_heads)  # [B, H, m, d]
+        q = _heads(apply_linear(self.q, latents), self.num_heads)  # [B, H, m, d]
         if isinstance(tokens, Tensor):
             return self.project(attend(q, *_key_value_heads(tokens, self.num_heads), self.scale)[0])
         x, weight, bias, factor = tokens
@@ -209,7 +209,7 @@ class LatentCrossAttention(Attention):
         # Moving the projections to the latents (R2) takes fewer FLOP than projecting a dozen tokens or more.
         if keeps_weights or latents.shape[1] * self.num_heads >= self.q.in_features:
             x = x if factor is None else (x * factor).to(x.dtype)
-            k, v = _key_value_heads(F.linear(x, weight, bias), self.num_heads)
+            k, v = _key_value_heads(linear(x, weight, bias), self.num_heads)
             out = self.attend(q, k, v, mask) if keeps_weights else attend(q, k, v, self.scale, mask)[0]
             weights = _softmax_weights(q, k, self.scale, mask) if return_attention else None
         else:
@@ -252,7 +252,7 @@ class FactorizedAttention(Attention):
         if return_attention:
             (agg_v, weights_v), (agg_a, weights_a) = agg_v, agg_a
 
-        q = _heads(self.q(x), self.num_heads)
+        q = _heads(apply_linear(self.q, x), self.num_heads)
         if materialises() and not return_attention:
             pairs = _pairs(agg_v, agg_a)
             out = self.attend(q, _heads(self.k(pairs), self.num_heads), _heads(self.v(pairs), self.num_heads))

@@ -6,7 +6,8 @@
     triton      Triton
     cuda        CUDA C++ (csrc/), whose backward is Triton's
 
-`TABLE` names one for every op, kind of device and regime. Ops that are not in it are plain PyTorch everywhere.
+`TABLE` names one for every op, kind of device and regime. Ops that are not in it are plain PyTorch everywhere, linear
+layers and attention on a CPU apart (ops/onednn.py, ops/attention.py).
 `AVF_BACKEND=name` and `with avfkernels.backend(name):` override it.
 """
 
@@ -15,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -81,6 +84,22 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor calls itself and can do ("AuthenticAMD", "avx512_bf16"), in Linux's words; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return frozenset()
+    lines = dict(map(str.strip, line.split(":", 1)) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return frozenset((*lines.get("flags", "").split(), lines.get("vendor_id", "")))
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: then inference is 1.5 times faster in it than in float32."""
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ fused form is many small operations: it runs compiled, or inside somebody's torc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
@@ -29,8 +29,9 @@ from avfkernels.attentions import Tokens
 from avfkernels.choice import materialises, transformed
 from avfkernels.fold import Folded, folds, kept_folds
 from avfkernels.modules import FusionBlock
-from avfkernels.ops.common import compute_dtype
-from avfkernels.ops.linear import split_linear
+from avfkernels.ops.attention import attention
+from avfkernels.ops.common import compute_dtype, untouched
+from avfkernels.ops.linear import apply_linear, is_linear, split_linear
 
 # Rows of patch tokens below which a layer leaves a GPU idle, so that the fusion branch runs beside the others.
 FEW_ROWS = 8192
@@ -76,7 +77,7 @@ def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, comp
     Not compiled, or where the block or a part of it has hooks, it is called as a module, so that what depends on calls
     (FSDP, checkpointing) works; a block of timm's, which takes no prefix, is so without one.
     """
-    if compiled and not materialises() and not transformed() and all(map(_untouched, block.modules())):
+    if compiled and not materialises() and not transformed() and all(map(untouched, block.modules())):
         with torch._dynamo.config.patch(**DYNAMO):
             return _compiled(_block)(block, x, prefix)
     if prefix is None:
@@ -84,20 +85,22 @@ def run_block(block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, comp
     return block(x, prefix) if getattr(block, "reads_prefix", False) else read_prefix(block, x, prefix)
 
 
-def read_prefix(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
+def read_prefix(
+    block: nn.Module, x: Tensor, prefix: Tensor | None = None, *, whole: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """The rows of x [B, N, D] of a ViT block over [prefix ; x], by its parts; those of the prefix are not computed.
 
-    Where its attention or `qkv`, which would not be called, has hooks or is no mere linear layer, they are.
+    Where its attention or `qkv`, which would not be called, has hooks or is no mere linear layer, they are, and
+    dropped: `whole` runs the block over all rows (None: a call of the block).
     """
-    if materialises() or not (_untouched(block.attn) and _untouched(block.attn.qkv) and _linear(block.attn.qkv)):
-        return _released(block, x, prefix)
+    if materialises() or not (untouched(block.attn) and untouched(block.attn.qkv) and is_linear(block.attn.qkv)):
+        return _released(whole or block, x, prefix)
     return _block(block, x, prefix)
 
 
-def _released(block: nn.Module, x: Tensor, prefix: Tensor) -> Tensor:
+def _released(whole: Callable[[Tensor], Tensor], x: Tensor, prefix: Tensor | None) -> Tensor:
     """The prefix goes through the block and is dropped."""
-    run = block.forward if getattr(block, "reads_prefix", False) else block  # the former is being called
-    return run(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
+    return whole(x) if prefix is None else whole(torch.cat((prefix, x), dim=1))[:, prefix.shape[1] :]
 
 
 def why_plain(image_block: nn.Module, audio_block: nn.Module, fusion_block: nn.Module) -> str | None:
@@ -117,25 +120,16 @@ def why_plain(image_block: nn.Module, audio_block: nn.Module, fusion_block: nn.M
         if norm.bias is None or block.norm1.bias is None:
             return "a norm has no bias"
         for name, part in (parts | {name: part for name, (part, _) in layers.items()}).items():
-            if not _untouched(part):
+            if not untouched(part):
                 return f"{name} has hooks, or a forward of its own"
     readers = {f"the fusion block's {name}": part for name, part in fusion_block.attn.readers().items()}
     uncalled = {"the fusion block": fusion_block, "the fusion block's attention": fusion_block.attn} | readers
     for name, part in uncalled.items():
-        if not _untouched(part):
+        if not untouched(part):
             return f"{name} has hooks, or a forward of its own"
-        if part in fusion_block.attn.readers().values() and not _linear(part):
+        if part in fusion_block.attn.readers().values() and not is_linear(part):
             return f"{name} is a {type(part).__name__} and does more than Linear"
     return None
-
-
-def _linear(module: nn.Module) -> bool:
-    return type(module).forward is nn.Linear.forward
-
-
-def _untouched(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(module, kind) for kind in hooks) and "forward" not in vars(module)
 
 
 def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, compiled):
@@ -166,12 +160,12 @@ def _layer(image_block, audio_block, fusion_block, x_image, x_audio, x_fusion, c
 def _block(block: nn.Module, x: Tensor, prefix: Tensor | None = None) -> Tensor:
     attn = block.attn
     dim = attn.proj.in_features
+    x_norm = block.norm1(x)
     if prefix is None:
-        q, k, v = attn.qkv(block.norm1(x)).split(dim, dim=-1)
+        q, k, v = apply_linear(attn.qkv, x_norm).split(dim, dim=-1)
     else:
         # Joining the tokens before one projection to keys and values is cheaper than joining keys and values after two:
         # one copy for two, and one matrix product of a good size for a good and a small one.
-        x_norm = block.norm1(x)
         joined = torch.cat((block.norm1(prefix), x_norm), dim=1)
         q, kv = split_linear((x_norm, joined), attn.qkv.weight, attn.qkv.bias, sizes=(dim, 2 * dim))
         k, v = kv.split(dim, dim=-1)
@@ -180,13 +174,39 @@ def _block(block: nn.Module, x: Tensor, prefix: Tensor | None = None) -> Tensor:
 
 def _finish(block: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention, its projection and the MLP of a block, with their residuals; q [B, N, D], k and v [B, P + N, D]."""
-    attn = block.attn
+    attn, mlp = block.attn, block.mlp
     q, k, v = (y.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
     dropout_p = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, dropout_p=dropout_p, scale=attn.scale)
-    out = attn.proj_drop(attn.proj(out.transpose(1, 2).flatten(2)))
-    x = x + block.drop_path1(block.ls1(out))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    out = attention(attn.q_norm(q), attn.k_norm(k), v, attn.scale, dropout_p)
+    x = _add(x, attn.proj, out.transpose(1, 2).flatten(2), (attn.proj_drop, block.ls1, block.drop_path1))
+    y, then = block.norm2(x), (block.ls2, block.drop_path2)
+    if torch.compiler.is_compiling() or list(mlp._modules) != MLP or not untouched(mlp):
+        return x + _through(mlp(y), then)
+    gelu = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and untouched(mlp.act)
+    y = apply_linear(mlp.fc1, y, gelu=gelu)
+    y = _through(y, (mlp.drop1, mlp.norm) if gelu else (mlp.act, mlp.drop1, mlp.norm))
+    return _add(x, mlp.fc2, y, (mlp.drop2, *then))
+
+
+MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # of timm's, in the order in which they run
+
+
+def _add(x: Tensor, layer: nn.Module, y: Tensor, then: tuple[nn.Module, ...]) -> Tensor:
+    """x + then(layer(y)), in one pass where what is behind the layer does nothing."""
+    if not torch.compiler.is_compiling() and all(map(_idle, then)):
+        return apply_linear(layer, y, add=x)
+    return x + _through(apply_linear(layer, y), then)
+
+
+def _idle(module: nn.Module) -> bool:
+    drops = isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath"
+    return untouched(module) and (isinstance(module, nn.Identity) or (drops and not module.training))
+
+
+def _through(x: Tensor, modules: tuple[nn.Module, ...]) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def _read(block, norm, folded: Folded, x: Tensor, x_fusion: Tensor):

@@ -15,11 +15,11 @@ that hooks on them run in `TokenFusion` alone.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfkernels.attentions import DenseAttention, FactorizedAttention, TokenAttention
 from avfkernels.ops.common import autocast_enabled, check_mask, hide
+from avfkernels.ops.linear import apply_linear
 
 
 class Mlp(nn.Module):
@@ -30,7 +30,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x):
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return self.drop(apply_linear(self.fc2, self.drop(apply_linear(self.fc1, x, gelu=True))))
 
 
 class FusionBlock(nn.Module):

@@ -7,7 +7,7 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from avfkernels.choice import materialises, transformed
 
@@ -15,6 +15,12 @@ from avfkernels.choice import materialises, transformed
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a kind of device; False for kinds that know no autocast, such as meta."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of a module is its class's forward and nothing else: no hooks, no forward of its own."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(module, kind) for kind in hooks) and "forward" not in vars(module)
 
 
 def casts_for_autocast(op: Callable) -> Callable:

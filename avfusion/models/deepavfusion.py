@@ -149,7 +149,7 @@ class Block(vision_transformer.Block):
 
     def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
         """x [B, N, D], prefix [B, P, D] -> the rows of x of the block over [prefix ; x]."""
-        return super().forward(x) if prefix is None else avfkernels.read_prefix(self, x, prefix)
+        return avfkernels.read_prefix(self, x, prefix, whole=super().forward)
 
 
 class ViT(nn.Module):
