@@ -14,7 +14,7 @@ with warnings.catch_warnings():  # of torch, where NumPy is not installed: nothi
     import torch  # noqa: F401
 
 from avfkernels.capture import CLIPS, Captured, pays, record
-from avfkernels.choice import backend, materialises
+from avfkernels.choice import backend, materialises, multiplies_bf16
 from avfkernels.convert import accelerate
 from avfkernels.fold import weights_changed
 from avfkernels.layer import early_fusion, read_prefix, run_block
@@ -41,6 +41,7 @@ __all__ = [
     "latent_attention",
     "materialises",
     "merge_attention",
+    "multiplies_bf16",
     "pair_attention",
     "pays",
     "read_prefix",

@@ -94,6 +94,7 @@ COLUMNS = {
     "": lambda row: row["name"],
     "videos/s": lambda row: _number(row["per_second"]),
     "time": lambda row: _time(row["seconds"]["median"]),
+    "GFLOP/s (of the peak)": lambda row: _rate(row),
     "time ratio (p20 – p80)": lambda row: _spread(row["time_ratio"]),
     "speed-up": lambda row: f"**{_ratio(row['speed_up'])}**",
     "floor": lambda row: f"{row['flop_ratio']:.3f} ×",
@@ -166,6 +167,8 @@ TERMINAL = {
     "": lambda row: row["name"],
     "time": lambda row: _time(row.get("forward", row)["seconds"]["median"]),
     "ratio (p20–p80)": lambda row: _plain(row.get("forward", row)["time_ratio"]),
+    "videos/s": lambda row: _number(row["per_second"]),
+    "of peak": lambda row: f"{row['peak_share']:.0%}",
     "floor": lambda row: f"{row['flop_ratio']:.2f}",
     "GFLOP": lambda row: f"{row['flop'] / 1e9:.1f}",
     "MiB": lambda row: _number(row["peak_memory"] / MIB),
@@ -200,6 +203,16 @@ def sentence(device: str, section: dict) -> str:
     rows = {row["name"]: row for row in section["rows"]}
     prices = [_price(kind, rows[f"{kind}, ours"], rows[f"{kind}, materialised"]) for kind in ("dense", "factorized")]
     return f"On {device}, {'; '.join(prices)}."
+
+
+def peak_sentence(device: str, section: dict) -> str:
+    """What the table of peers shows."""
+    rows = {row["name"]: row for row in section["rows"]}
+    ours = {name.rpartition(", ")[2]: row for name, row in rows.items() if name.startswith("ours, no fusion")}
+    shares = [f"{row['peak_share']:.0%} in {dtype}" for dtype, row in ours.items() if "peak_share" in row]
+    reached = f"reaches {' and '.join(shares)} of the measured peak; " if shares else ""
+    rates = [f"{_number(row['per_second'])} {name}" for name, row in rows.items() if "no fusion" not in name]
+    return f"On {device}, the encoder {reached}videos/s: {'; '.join(rates)}."
 
 
 def _price(kind: str, ours: dict, materialised: dict) -> str:

@@ -11,7 +11,7 @@ from avfkernels.choice import forced, multiplies_bf16, transformed
 from avfkernels.ops.common import autocast_enabled
 from avfkernels.ops.pair import pair_attention
 
-SCORES = 1 << 21  # logits in memory at a time
+SCORES = 1 << 22  # logits in memory at a time
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:

@@ -128,9 +128,7 @@ class _SplitLinear(torch.autograd.Function):
         for x, w, grad, d_w, d_b, needs_x in zip(xs, weights, grads, d_weights, d_biases, needs_xs, strict=True):
             d_xs.append(_product(grad, w.t()) if needs_x else None)
             grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-            if d_w is not None and onednn.dtype_of(x, weight) == torch.float32:
-                d_w.copy_(onednn.product(grad.t().contiguous(), x.t()))
-            elif d_w is not None:
+            if d_w is not None:  # oneDNN, which would need a copy of grad, is no faster
                 torch.mm(grad.t(), x, out=d_w)
             if d_b is not None:
                 torch.sum(grad, 0, out=d_b)
