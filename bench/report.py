@@ -167,8 +167,6 @@ TERMINAL = {
     "": lambda row: row["name"],
     "time": lambda row: _time(row.get("forward", row)["seconds"]["median"]),
     "ratio (p20–p80)": lambda row: _plain(row.get("forward", row)["time_ratio"]),
-    "videos/s": lambda row: _number(row["per_second"]),
-    "of peak": lambda row: f"{row['peak_share']:.0%}",
     "floor": lambda row: f"{row['flop_ratio']:.2f}",
     "GFLOP": lambda row: f"{row['flop'] / 1e9:.1f}",
     "MiB": lambda row: _number(row["peak_memory"] / MIB),
@@ -176,6 +174,8 @@ TERMINAL = {
     "paper's ratios": lambda row: f"{row['paper']['time_ratio']:.2f}, {row['paper']['memory_ratio']:.2f}",
     "both": lambda row: _time(row["both"]["seconds"]["median"]),
     "both ratio": lambda row: _plain(row["both"]["time_ratio"]),
+    "of peak": lambda row: f"{row['peak_share']:.0%}",
+    "videos/s": lambda row: _number(row["per_second"]),
 }
 
 

@@ -17,7 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from avfkernels.choice import cpu_flags, forced, multiplies_bf16, transformed
 from avfkernels.fold import versions
-from avfkernels.ops.common import autocast_enabled
 
 EXACT = (Tensor, nn.Parameter)  # subclasses, and modes that count operators, see those that they know
 ROWS = 256  # a hint: the order of weights that is best for so many rows serves all
@@ -26,14 +25,13 @@ Part = tuple[int, int, int]  # of a weight: by rows (0) or columns (1), where it
 
 def dtype_of(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype that oneDNN computes a layer in, or None where PyTorch's own operator runs."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or forced() not in (None, "cpu") or transformed():
-        return None
-    exact = type(x) in EXACT and type(weight) in EXACT and torch._C._len_torch_dispatch_stack() == 0
-    if not exact or x.numel() == 0 or not torch.backends.mkldnn.enabled:
-        return None
-    autocast = autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    return dtype if (autocast or weight.dtype == dtype) and why_not(dtype) is None else None
+    if x.is_cpu and not torch.compiler.is_compiling() and forced() in (None, "cpu") and not transformed():
+        exact = type(x) in EXACT and type(weight) in EXACT and torch._C._len_torch_dispatch_stack() == 0
+        if exact and x.numel() > 0 and torch.backends.mkldnn.enabled:
+            autocast = torch.is_autocast_enabled("cpu")
+            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+            return dtype if (autocast or weight.dtype == dtype) and why_not(dtype) is None else None
+    return None
 
 
 @cache
@@ -96,24 +94,31 @@ def part_of(weight: Tensor, bias: Tensor | None, part: Part | None) -> tuple[Ten
 PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def packed(weight: Tensor, bias: Tensor | None, part: Part | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a part of a layer for inference, in oneDNN's order: kept until one of them is written to.
 
     That is one more copy of the linear weights; AVF_PACK=0 refuses it. Then, and for weights that are no parameters or
     do not say when they are written to (those of inference mode), they are as they are.
     """
-    sources = [t for t in (weight, bias) if t is not None]
-    keep = isinstance(weight, nn.Parameter) and os.environ.get("AVF_PACK") != "0"
-    w, b = part_of(weight, bias, part)
-    if not keep or any(t.is_inference() for t in sources):
+    sources = [weight] if bias is None else [weight, bias]
+    if type(weight) is Tensor or os.environ.get("AVF_PACK") == "0" or any(t.is_inference() for t in sources):
+        w, b = part_of(weight, bias, part)
         return w.to(dtype), None if b is None else b.to(dtype)
     state = versions(sources), [t.data_ptr() for t in sources]
-    kept = PACKED.setdefault(weight, {})
-    if (part, dtype) not in kept or kept[part, dtype][0] != state:
-        kept[part, dtype] = state, (_order(w.to(dtype).contiguous()), None if b is None else b.to(dtype))
-    return kept[part, dtype][1]
+    by_part = PACKED.get(weight)
+    if by_part is None:
+        by_part = PACKED[weight] = {}
+    kept = by_part.get((part, dtype))
+    if kept is None or kept[0] != state:
+        kept = by_part[part, dtype] = state, _made(weight, bias, part, dtype)
+    return kept[1]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _made(weight: Tensor, bias: Tensor | None, part: Part | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    w, b = part_of(weight, bias, part)
+    return _order(w.to(dtype).contiguous()), None if b is None else b.to(dtype)
 
 
 def _order(weight: Tensor) -> Tensor:

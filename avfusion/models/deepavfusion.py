@@ -171,7 +171,7 @@ class ViT(nn.Module):
     def embed(self, x: Tensor, ids_keep: Tensor | None) -> Tensor:
         """x [B, C, H, W], ids_keep [B, n] -> tokens [B, n or all patches, D], positions added."""
         if ids_keep is None or avfkernels.materialises():
-            x = self.patch_embed(x) + self.pos_embed
+            x = (self.patch_embed(x) + self.pos_embed).contiguous()  # a convolution's tokens lie feature by feature
             return x if ids_keep is None else take(x, ids_keep)
         # Hidden patches are not embedded: a convolution without overlap is a product with the patches that are kept.
         p, q = self.patch_embed.patch_size

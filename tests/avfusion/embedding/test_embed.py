@@ -277,7 +277,7 @@ def test_program_embeds_with_a_checkpoint(clips, tmp_path):
     save_encoder(model, tmp_path / "weights.safetensors")
     result = run(
         "-m", "avfusion", "embed", *clips["good"], "--checkpoint", "weights.safetensors", "--tokens", "--out",
-        "f.safetensors", cwd=tmp_path,
+        "f.safetensors", "--dtype", "fp32", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "RANDOM" not in result.stderr
@@ -305,7 +305,7 @@ def test_one_file_is_put_together_from_what_the_folder_would_hold(clips, tmp_pat
 def test_heads_that_a_checkpoint_does_not_tell_are_given_or_named(clips, tmp_path, capsys):
     model = small_model(dim=64, num_heads=1, fusion_num_heads=2, image_size=(32, 32), audio_size=(128, 64))
     torch.save({"state_dict": model.state_dict()}, tmp_path / "c.pth")
-    line = ["embed", clips["good"][0], "--checkpoint", str(tmp_path / "c.pth"), "--tokens", "--out"]
+    line = ["embed", clips["good"][0], "--checkpoint", str(tmp_path / "c.pth"), "--tokens", "--dtype", "fp32", "--out"]
     assert main([*line, str(tmp_path / "named.safetensors")]) == 0
     assert "embed: warning:" in (said := capsys.readouterr().err)
     assert "neither keys nor shapes tell num_heads=1, fusion_num_heads=1: assumed" in said

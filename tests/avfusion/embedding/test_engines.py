@@ -29,7 +29,7 @@ def made(tmp_path_factory):
 
 def line(made, out, *options):
     return ["embed", str(made), "--checkpoint", str(made / "encoder.safetensors"), "--out", str(out), "--every", "0.5",
-            "--batch-size", "3", "--shard-rows", "6", *options]  # fmt: skip
+            "--batch-size", "3", "--shard-rows", "6", "--dtype", "fp32", *options]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def test_ray(made, expected, tmp_path, cluster):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows that a cluster's GPU is asked for by its failure")
 def test_embedders_take_the_gpus_of_a_cluster_where_this_machine_has_none(made, tmp_path, cluster, capfd):
-    assert main(line(made, tmp_path / "f", "--engine", "ray")) == 1
+    assert main(line(made, tmp_path / "f", "--engine", "ray", "--dtype", "auto")) == 1
     told = capfd.readouterr().err  # by torch for CUDA, or by one that knows none
     assert re.search("embed: error: Ray: .*(Found no NVIDIA driver|not compiled with CUDA)", told)
     assert read_manifest(tmp_path / "f")["made"]["computed"] == "bfloat16"

@@ -45,7 +45,7 @@ def made(tmp_path_factory):
 
 def line(made, out, *options):
     return ["embed", str(made), "--checkpoint", str(made / "encoder.safetensors"), "--out", str(out), "--every", "0.5",
-            "--shard-rows", "3", "--batch-size", "2", *map(str, options)]  # fmt: skip
+            "--shard-rows", "3", "--batch-size", "2", "--dtype", "fp32", *map(str, options)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_addresses(made, whole):
 
     memory, out = fsspec.filesystem("memory"), "memory://bucket/features"
     memory.pipe("/lists/some.txt", f"{made / '1.mp4'}\n\n{made / '2.mp4'}\n".encode())
-    options = ["--checkpoint", str(made / "encoder.safetensors"), "--out", out, "--every", "0.5"]
+    options = ["--checkpoint", str(made / "encoder.safetensors"), "--out", out, "--every", "0.5", "--dtype", "fp32"]
     assert main(["embed", "@memory://lists/some.txt", *options, "--workers", "0"]) == 0
     assert main(["embed", "@memory://lists/some.txt", str(made / "0.mp4"), *options, "--workers", "0"]) == 0
     assert sorted(os.path.basename(name) for name in memory.ls("/bucket/features", detail=False)) == [
