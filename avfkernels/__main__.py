@@ -10,7 +10,7 @@ import torch
 
 import avfkernels
 from avfkernels import choice, native
-from avfkernels.ops import pair
+from avfkernels.ops import onednn, pair
 from avfkernels.ops.pair_plain import Pairs
 
 
@@ -47,6 +47,7 @@ def report() -> str:
         reason = _why_not_here(row)
         evidence = f"by bench/results/{row.evidence}" if row.evidence else "not measured"
         lines.append(f"    {row.implementation:<10} {evidence}{f'; not here: {reason}' if reason else ''}")
+    lines += _linear_layers()
     lines.append(
         "  every other op, any device\n    eager      no kernel measured is faster by enough (docs/performance.md)"
     )
@@ -66,6 +67,15 @@ def _why_not_here(row: choice.Choice) -> str | None:
         if row.holds(arguments):
             return pair.WHY_NOT[row.implementation](arguments)
     raise AssertionError(f"no arguments for {row}")
+
+
+def _linear_layers() -> list[str]:
+    lines, evidence = [], "by bench/results/cpu-amd-epyc-2-cores-avx512.md"
+    for dtype in (torch.float32, torch.bfloat16):
+        reason = onednn.why_not(dtype)
+        not_here = f"; not here: {reason}" if reason else ""
+        lines += [f"  linear layers, cpu: {str(dtype).removeprefix('torch.')}", f"    onednn     {evidence}{not_here}"]
+    return lines
 
 
 def _why_no_cuda() -> str:

@@ -106,7 +106,6 @@ def dtype_of(args: argparse.Namespace, device: "torch.device") -> "torch.dtype":
     import torch
 
     import avfkernels
-    from avfusion import distributed
 
     known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     gpu = device.type == "cuda"  # or one of a cluster, which cannot be asked from here
@@ -117,7 +116,8 @@ def dtype_of(args: argparse.Namespace, device: "torch.device") -> "torch.dtype":
         return known[args.dtype]
     fast = bf16 if gpu else device.type == "cpu" and avfkernels.multiplies_bf16()
     name = "bf16" if fast else "fp16" if gpu else "fp32"
-    distributed.say(f"computes in {name} (--dtype auto)")
+    if not int(os.environ.get("RANK", 0)):
+        print(f"computes in {name} (--dtype auto)", file=sys.stderr)
     return known[name]
 
 

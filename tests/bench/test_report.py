@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import conftest, encoder, measure, report
+from bench import encoder, measure, report
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "bench/results").glob("cpu-*.json"))

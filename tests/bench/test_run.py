@@ -147,7 +147,7 @@ def test_every_benchmark_of_the_repository_is_of_a_section(pytester):
     bench = ("--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), str(ROOT / "bench"), "--collect-only", "-q")
     result = pytester.runpytest_inprocess(*bench, "--benchmark", "--full")
     assert result.ret == 0
-    assert "; 29 sections, each written" in result.stdout.str()
+    assert "; 34 sections, each written" in result.stdout.str()
     peers, *tables = conftest.TABLE_6
     assert f"bench/test_peers.py::test_peers[{peers}-ours, dense, float32]" in result.outlines
     for section in tables:
