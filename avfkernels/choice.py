@@ -86,6 +86,18 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def untraced() -> bool:
+    """Whether operators that only this machine has may run: nothing records, counts or replaces PyTorch's own, and no
+    override asks for them."""
+    return (
+        _forced in (None, "cpu")
+        and not torch.compiler.is_compiling()
+        and not transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
 @cache
 def cpu_flags() -> frozenset[str]:
     """What the processor calls itself and can do ("AuthenticAMD", "avx512_bf16"), in Linux's words; empty elsewhere."""

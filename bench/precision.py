@@ -77,8 +77,8 @@ def text(results: dict) -> str:
     ]
     if found := results.get("agreement"):
         scores = ", ".join(f"{score:.1%} in {dtype}" for dtype, score in found["top-1"].items())
-        parts.append(f"{found['same class']:.1%} of {found['clips']} evaluation clips are given the same class by the run; "
-                     f"top-1 {scores}.")  # fmt: skip
+        same = f"{found['same class']:.1%} of {found['clips']} evaluation clips are given the same class by the run"
+        parts.append(f"{same}; top-1 {scores}.")
     parts.append(
         f"Made by `{results['command']}` on {made['date'][:10]}, commit {made['commit']}; clips: "
         f"{', '.join(results['clips'])}; torch {made['versions']['torch']}."

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avfkernels import native
-from avfkernels.choice import forced, multiplies_bf16, transformed
-from avfkernels.ops.common import autocast_enabled
+from avfkernels.choice import multiplies_bf16, untraced
 from avfkernels.ops.pair import pair_attention
 
 SCORES = 1 << 22  # logits in memory at a time
@@ -23,15 +22,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 
     """
     how = None if dropout_p > 0.0 else _on_cpu(q, k, v)
     if how == torch.float32:
-        nothing = v.new_zeros(1).expand(*v.shape[:2], 1, v.shape[3])  # a second side of one token adds 0
+        nothing = v.new_zeros(v.shape[3]).expand(*v.shape[:2], 1, -1)  # a second side of one token adds 0
         return pair_attention(q, k, v, nothing, nothing, scale=scale)
     if how == torch.bfloat16:
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         samples = max(1, SCORES // (q.shape[1] * q.shape[2] * k.shape[2]))
-        for parts in zip(*(x.split(samples) for x in (q, k, v, out)), strict=True):
-            *qkv, to = parts
-            q_, k_, v_ = (x.flatten(0, 1) for x in qkv)
-            scores = torch.baddbmm(q_.new_zeros(1), q_, k_.transpose(1, 2), beta=0, alpha=scale)
+        for *parts, to in zip(*(x.split(samples) for x in (q, k, v, out)), strict=True):
+            q_, k_, v_ = (x.flatten(0, 1) for x in parts)
+            scores = torch.baddbmm(q.new_zeros(1), q_, k_.transpose(1, 2), beta=0, alpha=scale)  # ignores the first
             to.copy_((scores.softmax(-1) @ v_).view_as(to))
         return out
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
@@ -39,14 +37,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 
 
 def _on_cpu(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype | None:
     """The dtype of which there is a faster form, or None."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or forced() not in (None, "cpu") or transformed():
+    if not q.is_cpu or type(q) is not Tensor or 0 in (*q.shape, k.shape[2]) or not untraced():
         return None
-    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if (
-        recorded
-        or (autocast_enabled("cpu") and q.dtype != torch.get_autocast_dtype("cpu"))
-        or 0 in (*q.shape, k.shape[2])
-    ):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    if torch.is_autocast_enabled("cpu") and q.dtype != torch.get_autocast_dtype("cpu"):
         return None
     if q.dtype == torch.bfloat16 and multiplies_bf16():
         return q.dtype

@@ -15,23 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from avfkernels.choice import cpu_flags, forced, multiplies_bf16, transformed
+from avfkernels.choice import cpu_flags, multiplies_bf16, untraced
 from avfkernels.fold import versions
 
-EXACT = (Tensor, nn.Parameter)  # subclasses, and modes that count operators, see those that they know
+EXACT = (Tensor, nn.Parameter)  # subclasses see the operators that they know
 ROWS = 256  # a hint: the order of weights that is best for so many rows serves all
 Part = tuple[int, int, int]  # of a weight: by rows (0) or columns (1), where it begins, its size
 
 
 def dtype_of(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """The dtype that oneDNN computes a layer in, or None where PyTorch's own operator runs."""
-    if x.is_cpu and not torch.compiler.is_compiling() and forced() in (None, "cpu") and not transformed():
-        exact = type(x) in EXACT and type(weight) in EXACT and torch._C._len_torch_dispatch_stack() == 0
-        if exact and x.numel() > 0 and torch.backends.mkldnn.enabled:
-            autocast = torch.is_autocast_enabled("cpu")
-            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-            return dtype if (autocast or weight.dtype == dtype) and why_not(dtype) is None else None
-    return None
+    if not x.is_cpu or type(x) not in EXACT or type(weight) not in EXACT or x.numel() == 0 or not untraced():
+        return None
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if not torch.backends.mkldnn.enabled or not (autocast or weight.dtype == dtype):
+        return None
+    return dtype if why_not(dtype) is None else None
 
 
 @cache

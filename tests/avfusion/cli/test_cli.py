@@ -1,5 +1,6 @@
 """The command line as a whole: exit codes, one line of error, suggestions, Ctrl-C, what every command takes."""
 
+import argparse
 import csv
 import json
 import os
@@ -13,8 +14,9 @@ import pytest
 import torch
 from made_clips import write_clip
 
+import avfkernels
 from avfusion import DeepAVFusion, EncoderConfig, Features, cli, data, save_encoder
-from avfusion.cli import COMMANDS, main
+from avfusion.cli import COMMANDS, main, options
 from avfusion.data import pack, read
 from avfusion.embedding import decode
 from avfusion.media.reader import read_windows
@@ -105,6 +107,18 @@ def test_every_command_with_a_model_takes_device_dtype_and_threads(line, capsys)
     assert all(option in text for option in ("--device", "--dtype", "--threads"))
     trains = line in ("pretrain", "finetune train")  # without auto: a run is the same on every machine
     assert ("{fp32,bf16}" if trains else "{auto,fp32,bf16,fp16}" if line == "embed" else "{auto,fp32,bf16}") in text
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bf16_on_a_cpu_that_multiplies_it_and_says_so(fast, monkeypatch, capsys):
+    monkeypatch.setattr(avfkernels, "multiplies_bf16", lambda: fast)
+    parser = argparse.ArgumentParser()
+    options.add_machine(parser, dtype="auto")
+    name, dtype = ("bf16", torch.bfloat16) if fast else ("fp32", torch.float32)
+    assert options.dtype_of(parser.parse_args([]), torch.device("cpu")) == dtype
+    assert f"computes in {name} (--dtype auto)" in capsys.readouterr().err
+    assert options.dtype_of(parser.parse_args(["--dtype", "fp32"]), torch.device("cpu")) == torch.float32
+    assert not capsys.readouterr().err
 
 
 def test_evaluations_predictions_and_reports_take_them(clips, encoder, tmp_path):
