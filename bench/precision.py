@@ -1,4 +1,4 @@
-"""How far bfloat16 is from float32 on this CPU: `python -m bench.precision CLIP... [--run RUN]`.
+"""How far bfloat16 is from float32 on this CPU: `python -m bench.precision CLIP... [--run RUN --data SET]`.
 
 Pooled features of windows of the clips, four a second, by ViT-B encoders with random weights and by the encoder of RUN,
 a fine-tuned recognition run such as `avfusion finetune train tiny` leaves; and how often RUN says the same class of its
@@ -53,13 +53,13 @@ def features(name: str, model: DeepAVFusion, clips: list[Path]) -> list[dict]:
     return rows
 
 
-def agreement(run: Path) -> dict:
+def agreement(run: Path, changes: dict) -> dict:
     """Of a recognition run: accuracy in both dtypes, and the share of clips of which both say the same class."""
     said, scores = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         with tempfile.TemporaryDirectory() as folder:
             name = str(dtype).removeprefix("torch.")
-            scores[name] = evaluate_run(run, "finetune", Path(folder), device=CPU, dtype=dtype)["top-1"]
+            scores[name] = evaluate_run(run, "finetune", Path(folder), device=CPU, dtype=dtype, **changes)["top-1"]
             with open(Path(folder) / "samples.csv", newline="") as file:
                 said[name] = [row["predicted"] for row in csv.DictReader(file)]
     same = [a == b for a, b in zip(*said.values(), strict=True)]
@@ -90,17 +90,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path, nargs="+", metavar="CLIP", help="video files")
     parser.add_argument("--run", type=Path, help="a fine-tuned recognition run")
+    parser.add_argument("--data", type=Path, help="the data set it is evaluated on (default: where the run has it)")
     args = parser.parse_args()
     rows, device = [], measure.device_name(CPU)
     for fusion in ("none", "dense", "factorized"):
         torch.manual_seed(0)
         rows += features(f"ViT-B, {fusion}", DeepAVFusion(EncoderConfig(fusion=fusion)).eval(), args.clips)
-    given = " ".join(["CLIP...", *["--run RUN"] * bool(args.run)])
+    given = " ".join(["CLIP...", *["--run RUN --data SET"] * bool(args.run)])
     results = {"device": device, "command": f"python -m bench.precision {given}", "clips": [p.name for p in args.clips],
                "environment": measure.environment(CPU), "rows": rows}  # fmt: skip
     if args.run:
         rows += features("the run's", load_run(args.run, "finetune")[1].encoder.eval(), args.clips)
-        results["agreement"] = agreement(args.run)
+        results["agreement"] = agreement(args.run, {"eval_data": str(args.data.absolute())} if args.data else {})
     path = RESULTS / f"precision-{measure.slug(device)}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     path.with_suffix(".md").write_text(text(results))

@@ -90,7 +90,7 @@ def part_of(weight: Tensor, bias: Tensor | None, part: Part | None) -> tuple[Ten
     return weight.narrow(*part), bias if bias is None or part[0] == 1 else bias.narrow(*part)
 
 
-# weight -> (part, dtype) -> versions and addresses of weight and bias, and the two as `product` takes them.
+# weight -> part -> dtype, versions and addresses of weight and bias, and the two as `product` takes them.
 PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -104,13 +104,15 @@ def packed(weight: Tensor, bias: Tensor | None, part: Part | None, dtype: torch.
     if type(weight) is Tensor or os.environ.get("AVF_PACK") == "0" or any(t.is_inference() for t in sources):
         w, b = part_of(weight, bias, part)
         return w.to(dtype), None if b is None else b.to(dtype)
-    state = versions(sources), [t.data_ptr() for t in sources]
+    state = dtype, versions(sources), [t.data_ptr() for t in sources]
     by_part = PACKED.get(weight)
     if by_part is None:
         by_part = PACKED[weight] = {}
-    kept = by_part.get((part, dtype))
+    kept = by_part.get(part)
     if kept is None or kept[0] != state:
-        kept = by_part[part, dtype] = state, _made(weight, bias, part, dtype)
+        if part is None or None in by_part:  # one copy
+            by_part.clear()
+        kept = by_part[part] = state, _made(weight, bias, part, dtype)
     return kept[1]
 
 

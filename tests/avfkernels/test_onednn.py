@@ -289,6 +289,10 @@ def test_at_most_one_copy_of_the_linear_weights_is_kept_and_goes_with_the_model(
         assert ran
         weights = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear))
         assert 0.5 * weights < kept_bytes() - before <= 1.02 * weights
+        with torch.autocast("cpu", torch.bfloat16):
+            model(*inputs)
+        model.image.blocks[0](torch.randn(2, 4, 256))  # without a prefix: qkv as a whole
+        assert kept_bytes() - before <= 1.02 * weights
         twin = copy.deepcopy(model)
         del model
         gc.collect()
