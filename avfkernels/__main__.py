@@ -47,7 +47,7 @@ def report() -> str:
         reason = _why_not_here(row)
         evidence = f"by bench/results/{row.evidence}" if row.evidence else "not measured"
         lines.append(f"    {row.implementation:<10} {evidence}{f'; not here: {reason}' if reason else ''}")
-    lines += _linear_layers()
+    lines += _blocks_on_cpus()
     lines.append(
         "  every other op, any device\n    eager      no kernel measured is faster by enough (docs/performance.md)"
     )
@@ -69,13 +69,16 @@ def _why_not_here(row: choice.Choice) -> str | None:
     raise AssertionError(f"no arguments for {row}")
 
 
-def _linear_layers() -> list[str]:
+def _blocks_on_cpus() -> list[str]:
+    """Of linear layers, and of the self-attention of ViT blocks (ops/attention.py) in inference."""
     lines, evidence = [], "by bench/results/cpu-amd-epyc-2-cores-avx512.md"
     for dtype in (torch.float32, torch.bfloat16):
         reason = onednn.why_not(dtype)
         not_here = f"; not here: {reason}" if reason else ""
         lines += [f"  linear layers, cpu: {str(dtype).removeprefix('torch.')}", f"    onednn     {evidence}{not_here}"]
-    return lines
+    reason = native.why_unavailable() or ("" if native.isa() == "avx512" else "no AVX-512")
+    not_here = f"; not here: {reason}" if reason else ""
+    return [*lines, "  self-attention in inference, cpu: float32 with AVX-512", f"    cpu        {evidence}{not_here}"]
 
 
 def _why_no_cuda() -> str:

@@ -82,8 +82,8 @@ def _linear(x, weight, bias, part, gelu: bool = False, add: Tensor | None = None
     dtype = onednn.dtype_of(x, weight)
     if dtype is not None and not (torch.is_grad_enabled() and any(map(_requires_grad, (x, weight, bias)))):
         w, b = onednn.packed(weight, bias, part, dtype)
-        if onednn.takes(w):
-            fits = add is not None and not gelu and add.dtype == dtype
+        if onednn.takes(w) and x.shape[-1] == w.shape[1]:
+            fits = add is not None and not gelu and add.dtype == dtype and add.shape[:-1] == x.shape[:-1]
             y = onednn.product(x.to(dtype), w, b, gelu=gelu, add=add if fits else None)
             return y if add is None or fits else add + y
     elif dtype == torch.float32 and part is None and not autocast_enabled("cpu"):

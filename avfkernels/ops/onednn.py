@@ -41,7 +41,7 @@ def why_not(dtype: torch.dtype) -> str | None:
         return f"{dtype} has no such operators"
     if dtype == torch.float32 and not {"AuthenticAMD", "avx2"} <= cpu_flags():
         return "measured to be faster than MKL on AMD alone"
-    if dtype == torch.bfloat16 and not multiplies_bf16():
+    if dtype == torch.bfloat16 and not multiplies_bf16():  # elsewhere F.linear is oneDNN's, too
         return "the processor does not multiply bfloat16"
     try:
         right = _right(dtype)
@@ -54,7 +54,8 @@ def why_not(dtype: torch.dtype) -> str | None:
 @torch.no_grad()
 def _right(dtype: torch.dtype) -> bool:
     x, weight, bias, add = (
-        torch.linspace(-3, 3, n * m).view(n, m).to(dtype) for n, m in ((5, 24), (40, 24), (1, 40), (5, 40))
+        torch.linspace(-3, 3, n * m, device="cpu").view(n, m).to(dtype)
+        for n, m in ((5, 24), (40, 24), (1, 40), (5, 40))
     )
     y = F.linear(x.double(), weight.double(), bias[0].double())
     weights = weight, weight.t().contiguous().t(), _order(weight)

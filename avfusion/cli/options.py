@@ -117,7 +117,7 @@ def dtype_of(args: argparse.Namespace, device: "torch.device") -> "torch.dtype":
     fast = bf16 if gpu else device.type == "cpu" and avfkernels.multiplies_bf16()
     name = "bf16" if fast else "fp16" if gpu else "fp32"
     if not int(os.environ.get("RANK", 0)):
-        print(f"computes in {name} (--dtype auto)", file=sys.stderr)
+        print(f"computes in {name} (--dtype auto)", flush=True)
     return known[name]
 
 

@@ -104,6 +104,15 @@ def test_strided_inputs(ran):
     assert ran[-1][0] == (4, 7, 24)
 
 
+def test_shapes_that_do_not_fit_are_told_as_by_pytorch(ran):
+    module = layer()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(5x23 and 24x40\)"):
+        linear.apply_linear(module, torch.randn(5, 23))
+    with torch.no_grad():
+        x, add = torch.randn(3, 5, 24), torch.randn(5, 40)
+        assert error(linear.apply_linear(module, x, add=add), expected(x, module, add=add)) < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])
 def test_no_rows_are_pytorchs(ran, shape):
     with torch.no_grad():

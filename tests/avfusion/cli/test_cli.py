@@ -116,9 +116,9 @@ def test_auto_is_bf16_on_a_cpu_that_multiplies_it_and_says_so(fast, monkeypatch,
     options.add_machine(parser, dtype="auto")
     name, dtype = ("bf16", torch.bfloat16) if fast else ("fp32", torch.float32)
     assert options.dtype_of(parser.parse_args([]), torch.device("cpu")) == dtype
-    assert f"computes in {name} (--dtype auto)" in capsys.readouterr().err
+    assert f"computes in {name} (--dtype auto)" in capsys.readouterr().out
     assert options.dtype_of(parser.parse_args(["--dtype", "fp32"]), torch.device("cpu")) == torch.float32
-    assert not capsys.readouterr().err
+    assert not capsys.readouterr().out
 
 
 def test_evaluations_predictions_and_reports_take_them(clips, encoder, tmp_path):
