@@ -29,7 +29,7 @@ def linear(
 
 def apply_linear(layer: nn.Module, x: Tensor, *, gelu: bool = False, add: Tensor | None = None) -> Tensor:
     """The same of a module, which is called as one if it has hooks or is more than `torch.nn.Linear`."""
-    if not torch.compiler.is_compiling() and is_linear(layer) and untouched(layer):
+    if x.is_cpu and not torch.compiler.is_compiling() and is_linear(layer) and untouched(layer):
         return linear(x, layer.weight, layer.bias, gelu=gelu, add=add)
     return _behind(layer(x), gelu, add)
 
