@@ -110,7 +110,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself: then inference is 1.5 times faster in it than in float32."""
+    """Whether the processor multiplies bfloat16 itself: then inference is 1.5 times faster in it (measured on AMD)."""
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 

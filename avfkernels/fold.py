@@ -71,10 +71,11 @@ class _Kept:
     def __init__(self, sources: list[Tensor], folded: tuple[Folded, Folded]):
         # Detached: the memory stays where it is, even if a parameter is given another; addresses tell them apart.
         self.sources, self.aliases = sources, [source.detach() for source in sources]
-        self.addresses, self.versions, self.folded = _addresses(sources), versions(sources), folded
+        self.addresses, self.versions, self.folded = addresses(sources), versions(sources), folded
 
 
-def _addresses(tensors: list[Tensor]) -> list[int]:
+def addresses(tensors: list[Tensor]) -> list[int]:
+    """Changes whenever one of the tensors lies elsewhere; an address is told apart while its memory is held."""
     return [tensor.data_ptr() for tensor in tensors]
 
 
@@ -105,7 +106,7 @@ def kept_folds(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else sources[0].dtype
     kept = KEPT.setdefault(fusion_block, {}).get((dtype, absorbs))
-    same = kept and all(map(is_, kept.sources, sources)) and kept.addresses == _addresses(sources)
+    same = kept and all(map(is_, kept.sources, sources)) and kept.addresses == addresses(sources)
     if same and kept.versions == versions(sources):
         return kept.folded
     made = tuple(Folded(*(t if t is None else t.to(dtype) for t in part)) for part in folds(*blocks, absorbs))

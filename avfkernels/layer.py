@@ -93,7 +93,8 @@ def read_prefix(
     Where its attention or `qkv`, which would not be called, has hooks or is no mere linear layer, they are, and
     dropped: `whole` runs the block over all rows (None: a call of the block).
     """
-    if materialises() or not (untouched(block.attn) and untouched(block.attn.qkv) and is_linear(block.attn.qkv)):
+    by_parts = untouched(block.attn) and untouched(block.attn.qkv) and is_linear(block.attn.qkv)
+    if materialises() or not by_parts or (prefix is None and not _of_timm(block.attn, "Attention")):
         return _released(whole or block, x, prefix)
     return _block(block, x, prefix)
 
@@ -180,7 +181,7 @@ def _finish(block: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Ten
     out = attention(attn.q_norm(q), attn.k_norm(k), v, attn.scale, dropout_p)
     x = _add(x, attn.proj, out.transpose(1, 2).flatten(2), (attn.proj_drop, block.ls1, block.drop_path1))
     y, then = block.norm2(x), (block.ls2, block.drop_path2)
-    if torch.compiler.is_compiling() or list(mlp._modules) != MLP or not untouched(mlp):
+    if torch.compiler.is_compiling() or not _of_timm(mlp, "Mlp") or list(mlp._modules) != MLP or not untouched(mlp):
         return x + _through(mlp(y), then)
     gelu = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and untouched(mlp.act)
     y = apply_linear(mlp.fc1, y, gelu=gelu)
@@ -191,6 +192,12 @@ def _finish(block: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Ten
 MLP = ["fc1", "act", "drop1", "norm", "fc2", "drop2"]  # of timm's, in the order in which they run
 
 
+def _of_timm(module: nn.Module, name: str) -> bool:
+    """Whether a module does what timm's of this name does, which is known."""
+    forward = type(module).forward
+    return forward.__module__.startswith("timm.") and forward.__qualname__ == f"{name}.forward"
+
+
 def _add(x: Tensor, layer: nn.Module, y: Tensor, then: tuple[nn.Module, ...]) -> Tensor:
     """x + then(layer(y)), in one pass where what is behind the layer does nothing."""
     if not torch.compiler.is_compiling() and all(map(_idle, then)):
@@ -199,8 +206,8 @@ def _add(x: Tensor, layer: nn.Module, y: Tensor, then: tuple[nn.Module, ...]) ->
 
 
 def _idle(module: nn.Module) -> bool:
-    drops = isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath"
-    return untouched(module) and (isinstance(module, nn.Identity) or (drops and not module.training))
+    drops = type(module) is nn.Dropout or type(module).__name__ == "DropPath"
+    return untouched(module) and (type(module) is nn.Identity or (drops and not module.training))
 
 
 def _through(x: Tensor, modules: tuple[nn.Module, ...]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from functools import cache, partial
+from unittest.mock import patch
 
 import pytest
 import torch.nn.functional as F
@@ -34,12 +35,8 @@ def our_linear(x, weight, bias, add=None, *, gelu=False):
 
 
 def without_a_copy(*args, **options):
-    before = os.environ.get("AVF_PACK")
-    os.environ["AVF_PACK"] = "0"
-    try:
+    with patch.dict(os.environ, AVF_PACK="0"):
         return our_linear(*args, **options)
-    finally:
-        os.environ.pop("AVF_PACK") if before is None else os.environ.update(AVF_PACK=before)
 
 
 def linear_case(name: str, d_in: int, d_out: int, *, gelu: bool = False, add: bool = False) -> Case:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from avfkernels.choice import cpu_flags, multiplies_bf16, untraced
-from avfkernels.fold import versions
+from avfkernels.fold import addresses, versions
 
 EXACT = (Tensor, nn.Parameter)  # subclasses see the operators that they know
 ROWS = 256  # a hint: the order of weights that is best for so many rows serves all
@@ -70,7 +70,7 @@ def product(
 ) -> Tensor:
     """x W^T + b, and its GELU or the sum with `add`; no gradients.
 
-    The weight [out, in] is as `order` gives it, contiguous, or the transpose of what is. Any other, as a slice of
+    The weight [out, in] is as `packed` gives it, contiguous, or the transpose of what is. Any other, as a slice of
     columns, takes a path of oneDNN that is 1000 times slower.
     """
     if add is not None:
@@ -91,7 +91,8 @@ def part_of(weight: Tensor, bias: Tensor | None, part: Part | None) -> tuple[Ten
     return weight.narrow(*part), bias if bias is None or part[0] == 1 else bias.narrow(*part)
 
 
-# weight -> part -> dtype, versions and addresses of weight and bias, and the two as `product` takes them.
+# weight -> part -> dtype, versions and addresses of weight and bias, the two as `product` takes them, and what holds
+# their memory: no other tensor can come to lie at these addresses.
 PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -105,7 +106,7 @@ def packed(weight: Tensor, bias: Tensor | None, part: Part | None, dtype: torch.
     if type(weight) is Tensor or os.environ.get("AVF_PACK") == "0" or any(t.is_inference() for t in sources):
         w, b = part_of(weight, bias, part)
         return w.to(dtype), None if b is None else b.to(dtype)
-    state = dtype, versions(sources), [t.data_ptr() for t in sources]
+    state = dtype, versions(sources), addresses(sources)
     by_part = PACKED.get(weight)
     if by_part is None:
         by_part = PACKED[weight] = {}
@@ -113,7 +114,8 @@ def packed(weight: Tensor, bias: Tensor | None, part: Part | None, dtype: torch.
     if kept is None or kept[0] != state:
         if part is None or None in by_part:  # one copy
             by_part.clear()
-        kept = by_part[part] = state, _made(weight, bias, part, dtype)
+        held = [source.detach() for source in sources]
+        kept = by_part[part] = state, _made(weight, bias, part, dtype), held
     return kept[1]
 
 
