@@ -8,8 +8,10 @@ all three mark the same half of the picture (LVS one pixel less); a map without 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 SIZE = 224  # side of the picture that everything is compared on, in pixels
@@ -73,3 +75,53 @@ def localization_scores(ciou: Tensor) -> dict[str, float]:
     thresholds = torch.arange(21, dtype=torch.float64, device=ciou.device) / 20
     share = (ciou[:, None] >= thresholds).double().mean(0)
     return {"cIoU@0.5": share[10].item(), "AUC": torch.trapezoid(share, thresholds).item()}
+
+
+def universal_threshold(positive: Tensor, negative: Tensor) -> float:
+    """The threshold of a map's maximum that best tells sounds of something seen from sounds of nothing seen.
+
+    `positive` and `negative` are maps [N, ...] and [M, ...] of data that is not evaluated on. The threshold is where
+    the share of positive maps that reach it, less that of negative ones, is largest (Youden's J).
+
+    Source: one threshold for all pictures, whatever is heard, is what Juanola et al. ask for, see
+    `negative_audio_scores`.
+    """
+    tops, labels = _tops(positive, negative)
+    false, true, thresholds = roc_curve(labels, tops)
+    return float(thresholds[1:][(true - false)[1:].argmax()])
+
+
+def negative_audio_scores(positive: Tensor, negative: Tensor, threshold: float) -> dict[str, float]:
+    """What a localiser does where nothing that is seen makes the sound: silence, noise, something off screen.
+
+    Args:
+        positive, negative: maps [N, ...] with the pictures' own sounds, and [M, ...] with sounds of nothing seen.
+        threshold: a map marks what reaches it, the same for all pictures (`universal_threshold`).
+
+    Returns:
+        "AUC negative": of telling both apart by the maps' maxima; 0.5 is chance, 1 is perfect.
+        "false alarms": the share of negative maps that mark anything; "hits": of positive ones.
+        "false area": the mean share of the picture that negative maps mark.
+
+    Raises ValueError for maps that are empty or not finite.
+
+    Source: the questions are those of Juanola et al., https://arxiv.org/abs/2410.01020: whether a map's maximum tells
+    negative audio, and how much of the picture is marked under it by one threshold for all.
+    """
+    tops, labels = _tops(positive, negative)
+    marked = negative.flatten(1) >= threshold
+    return {
+        "AUC negative": float(roc_auc_score(labels, tops)),
+        "false alarms": marked.any(1).double().mean().item(),
+        "false area": marked.double().mean().item(),
+        "hits": (positive.flatten(1) >= threshold).any(1).double().mean().item(),
+    }
+
+
+def _tops(positive: Tensor, negative: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The maximum of every map, and 1 for those of `positive`."""
+    for name, maps in (("positive", positive), ("negative", negative)):
+        if maps.ndim < 2 or not maps.numel() or not maps.isfinite().all():
+            raise ValueError(f"{name}: expected finite maps [N, ...] with N at least 1, got {list(maps.shape)}")
+    tops = torch.cat([maps.flatten(1).amax(1) for maps in (positive, negative)]).double().cpu().numpy()
+    return tops, np.repeat([1, 0], [len(positive), len(negative)])

@@ -33,11 +33,11 @@ class Contrast(nn.Module):
 
     def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, 3, H, W], audio [B, 1, mels, frames] -> unit vectors: patches [B, n_v, dim], sound [B, dim]."""
-        x_image, x_audio = _alone(self.encoder.image, image), _alone(self.encoder.audio, audio)
+        x_image, x_audio = alone(self.encoder.image, image), alone(self.encoder.audio, audio)
         return F.normalize(self.image_proj(x_image), dim=-1), F.normalize(self.audio_proj(x_audio.mean(1)), dim=-1)
 
 
-def _alone(vit: ViT, x: Tensor) -> Tensor:
+def alone(vit: ViT, x: Tensor) -> Tensor:
     x = vit.embed(x, None)
     for block in vit.blocks:
         x = block(x)
