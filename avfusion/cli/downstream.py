@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     if hasattr(task_class(name), "views"):
         add("--views", type=options.count(2), metavar="N",
             help="average the logits of N windows spread over 10 s of a clip, too (published scores: 10)")  # fmt: skip
+        add("--tags", metavar="FILE", help="also score what is heard and what is seen, as VGGSounder does: a file "
+            "such as annotations/vggsounder.csv of a synthetic set, or vggsounder for the labels of VGGSound in the "
+            "package of that name")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile and CUDA graphs (default: on a GPU, from 200 clips on)")  # fmt: skip
     options.add_machine(evaluate)
@@ -68,7 +71,8 @@ def run_eval(args: argparse.Namespace) -> int:
     changes = {name: value for name, value in changes.items() if value} | {"eval_clips": args.clips}
     changes |= {} if args.compile is None else {"compile": args.compile}
     summary = evaluate_run(args.folder, args.task, out, device=device, dtype=options.dtype_of(args, device),
-                           views=getattr(args, "views", None) or 0, **changes)  # fmt: skip
+                           views=getattr(args, "views", None) or 0,
+                           tags=getattr(args, "tags", None) or "", **changes)  # fmt: skip
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:{width}}  {value:.4f}")

@@ -25,6 +25,7 @@ from avfusion.synth.scene import Scene, Settings, draw_scene
 from avfusion.synth.timbres import RATE, TIMBRES
 
 Files = dict[str, bytes]
+TAGS = "video_id,label,modality,background_music,static_image,voice_over"  # of VGGSounder's files
 jpeg = partial(render.picture, kind="JPEG", quality=92)
 
 
@@ -168,7 +169,11 @@ def _of_players(clip: Clip) -> str:
 
 def vggsound(settings: Settings, truths: list[dict]) -> Files:
     rows = [(truth["id"], truth["start"], truth["class"], truth["split"]) for truth in truths]
-    return {"annotations/vggsound.csv": _csv(rows)}
+    tags = [
+        (_key(truth), thing["class"], "A" * thing["sounding"] + "V" * thing["onscreen"], False, False, False)
+        for truth in truths for thing in truth["objects"] if thing["class"]
+    ]  # fmt: skip
+    return {"annotations/vggsound.csv": _csv(rows), "annotations/vggsounder.csv": _csv(tags, TAGS)}
 
 
 def vggsound_subset(name: str) -> Callable[[Settings, list[dict]], Files]:

@@ -186,16 +186,17 @@ def _layout(config: DownstreamConfig) -> str:
 
 def evaluate_run(
     run: Path, expected: str, out: Path, *, device: torch.device, dtype: torch.dtype = torch.float32, views: int = 0,
-    **changes,
+    tags: str = "", **changes,
 ) -> dict[str, float]:  # fmt: skip
     """Evaluate a run's last checkpoint, on the data of its settings but for `changes` of these.
 
-    `views` windows of each clip are averaged too, where the task is recognition.
+    Where the task is recognition: `views` windows of each clip are averaged too; `tags`, of `read_tags`, tell what is
+    heard and what is seen.
 
     Writes to `out`: summary.json, samples.csv (a row a clip) and best.png and worst.png by score. Returns the summary.
     """
     task, model = load_run(run, expected)
-    task.config, task.thorough, task.views = task.config.but(**changes), True, views
+    task.config, task.thorough, task.views, task.tags = task.config.but(**changes), True, views, tags
     model.to(device).encoder.compiled = task.config.run.compile
     source = task.open_evaluation()
     batch = min(task.config.optim.batch_size, max(len(source.rows), 1))

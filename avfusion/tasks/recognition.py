@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from avfusion.common import setting
 from avfusion.data.loader import Batch, ClipLoader, multi_label
 from avfusion.data.sampler import random_seed
-from avfusion.data.samples import Source, Tensors, Views
+from avfusion.data.samples import Selection, Source, Tensors, Views
+from avfusion.data.tags import read_tags, tag_matrix
 from avfusion.media.clip import Clip
 from avfusion.metrics.recognition import multilabel_scores, top_k_accuracy
+from avfusion.metrics.tagging import SUBSETS, modality_confusion, tagging_scores
 from avfusion.models.heads.classifier import MODALITIES, Classifier, class_loss, log_prior
 from avfusion.tasks.downstream import SMALL, TRAINED, Downstream, DownstreamConfig, Prediction, samples_of
 from avfusion.training.config import leaves
@@ -68,6 +70,7 @@ class Recognition(Downstream):
     measures = "top-1 and top-5 accuracy; for several labels a clip mAP, AUC and d-prime; of each modality too"
     freeze_encoder: bool
     views = 0  # windows spread over 10 s of a clip, whose logits an evaluation averages beside the middle one's
+    tags = ""  # where `read_tags` finds what is heard and what is seen, for an evaluation
 
     def build(self, *, weights: bool = False) -> Classifier:
         return Classifier(self.build_encoder(weights=weights), len(self.classes), freeze_encoder=self.freeze_encoder)
@@ -110,6 +113,8 @@ class Recognition(Downstream):
             index, logits, target = self.logits(model, spread, dtype)
             found = self.scores(logits, target, single)
             summary |= {f"{score} ({self.views} views)": value for score, value in found.items()}
+        if self.tags:
+            summary |= self.tagging(model, source, loader.sampler.batch_size, dtype)
         chance = logits.mean(1).softmax(1) if single else logits.mean(1).sigmoid()
         score = (chance * target).sum(1) / target.sum(1).clamp(min=1)
         labels = ["; ".join(self.classes[i] for i in row.nonzero().flatten().tolist()) for row in target > 0]
@@ -143,6 +148,34 @@ class Recognition(Downstream):
             of_one = top_k_accuracy(own, target.argmax(1), (1,)) if single else multilabel_scores(own, target)
             found |= {f"{score} {name}": of_one[score] for score in each}
         return found
+
+    @torch.no_grad()
+    def tagging(self, model: Classifier, source: Source, batch_size: int, dtype: torch.dtype) -> dict[str, float]:
+        """`tagging_scores` and `modality_confusion` of the clips that have tags, as VGGSounder measures.
+
+        "both" is told all, "audio" the sound and a picture that is the mean of ImageNet's, "image" the picture and
+        silence; each is scored against the labels that it can know, AV, A and V.
+        """
+        tags, given, device = read_tags(self.tags), ("both", "audio", "image"), device_of(model)
+        source = Selection(source, [i for i, row in enumerate(source.rows) if row.id in tags])
+        if not source.rows:
+            raise ValueError(f"{self.tags}: none of its {len(tags)} clips is among those that are evaluated")
+        truth = {name: tag_matrix(tags, source.rows, self.classes, marks) for name, marks in SUBSETS.items()}
+        found = []
+        for batch in self.loader(source, batch_size, train=False):
+            image, audio = self.inputs(batch, device)
+            silence = self.mel(torch.zeros_like(batch.waveform, device=device))
+            inputs = (image, audio), (torch.zeros_like(image), audio), (image, silence)
+            with autocast(device, dtype):
+                logits = torch.stack([model(*pair, average=True) for pair in inputs], dim=1)
+            found.append((batch.index, logits.float()))
+        _, logits = gathered(found)
+        scores, summary = dict(zip(given, logits.unbind(1), strict=True)), {"tagged clips": len(logits)}
+        for name, subset in zip(given, ("AV", "A", "V"), strict=True):
+            told = truth[subset].sum(1) > 0
+            scored = tagging_scores(scores[name][told], truth[subset][told]) if told.any() else {}
+            summary |= {f"{score} {name}": value for score, value in scored.items()}
+        return summary | modality_confusion(truth["all"], scores)
 
     def draw(self, model: Classifier, loader: ClipLoader, rows: list[int], path: Path) -> None:
         batch, device = loader.some(rows), device_of(model)

@@ -6,7 +6,14 @@ import torch
 from sklearn.metrics import auc
 
 from avfusion import DeepAVFusion, EncoderConfig
-from avfusion.metrics.localization import SIZE, consensus_iou, consensus_map, localization_scores
+from avfusion.metrics.localization import (
+    SIZE,
+    consensus_iou,
+    consensus_map,
+    localization_scores,
+    negative_audio_scores,
+    universal_threshold,
+)
 from avfusion.models.heads.localization import attention_map, center_prior, similarity_map
 
 SMALL = EncoderConfig(
@@ -221,3 +228,24 @@ def test_similarity_map_lies_as_the_picture_does(monkeypatch):
     image[:, :, 16:32, 32:48] += 1  # row 1, column 2
     changed = (similarity_map(encoder, image, audio) != before).nonzero().tolist()
     assert changed == [[0, 1, 2], [1, 1, 2]]
+
+
+def test_negative_audio_by_hand():
+    """Five pictures with their own sounds, four with others', of which one map marks half its picture."""
+    positive = torch.tensor([0.9, 0.8, 0.7, 0.7, 0.2])[:, None, None] * torch.tensor([[1.0, 0.1], [0.1, 0.1]])
+    negative = torch.tensor([0.6, 0.3, 0.1, 0.75])[:, None, None] * torch.tensor([[1.0, 0.99], [0.1, 0.1]])
+    threshold = universal_threshold(positive, negative)
+    assert threshold == pytest.approx(0.7)  # four of five reach it, and one of four
+    found = negative_audio_scores(positive, negative, threshold)
+    assert found == {"AUC negative": pytest.approx(15 / 20), "false alarms": 0.25, "false area": 2 / 16, "hits": 0.8}
+
+
+def test_a_map_that_ignores_the_sound_cannot_tell_negative_audio():
+    maps = torch.rand(50, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert negative_audio_scores(maps, maps, 0.5)["AUC negative"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(0, 4), torch.full((2, 4), torch.nan), torch.zeros(3)])
+def test_negative_audio_names_bad_maps(bad):
+    with pytest.raises(ValueError, match="negative: expected finite maps"):
+        negative_audio_scores(torch.ones(2, 4), bad, 0.5)

@@ -12,6 +12,7 @@ from PIL import Image
 from synthetic import SMALL, frames_of, masks_of, samples_of, sources_of, truths_of
 
 from avfusion.data import LAYOUTS, read
+from avfusion.data.tags import read_tags
 from avfusion.synth import layouts
 from avfusion.synth.looks import LOOKS
 from avfusion.synth.make import synthesize
@@ -45,6 +46,7 @@ def test_every_layout_is_offered(make):
 @pytest.mark.parametrize("task", ["classes", "conjunction", "synchrony"])
 def test_vggsound(make, task):
     root, truths = make("vggsound", task=task)
+    tags = read_tags(str(root / "annotations/vggsounder.csv"))
     rows = rows_of(root / "annotations/vggsound.csv")
     assert Counter(row[3] for row in rows) == {"train": 8, "test": 2}
     for name, start, label, split in rows:
@@ -52,7 +54,12 @@ def test_vggsound(make, task):
         assert (label, split, int(start)) == (truth["class"], truth["split"], truth["start"])
         clip = root / f"clips/{label.replace(' ', '_')}/{name}_{int(start):06d}_{int(start) + 10:06d}.mp4"
         assert frames_of(clip).shape == (16, 64, 64, 3)
+        heard = {thing["class"] for thing in truth["objects"] if thing["sounding"]}
+        seen = {thing["class"] for thing in truth["objects"] if thing["onscreen"] and thing["class"]}
+        marks = {label: "A" * (label in heard) + "V" * (label in seen) for label in heard | seen}
+        assert tags.pop(f"{name}_{int(start):06d}") == marks
     assert not truths
+    assert not tags
 
 
 @pytest.mark.parametrize("layout", ["vggsound-music", "vggsound-instruments"])

@@ -36,7 +36,20 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 LAYOUTS = {"localize": "flickr-soundnet", "separate": "vggsound-music", "segment": "avsbench"}
 SUMMARY = {
     "probe": {"top-1", "chance", "top-1 image", "top-1 (3 views)", "top-1 fusion (3 views)"},
-    "finetune": {"top-1", "chance", "top-1 image", "top-1 audio", "top-1 fusion"},
+    "finetune": {
+        "top-1",
+        "chance",
+        "top-1 image",
+        "top-1 audio",
+        "top-1 fusion",
+        "tagged clips",
+        "F1@1 both",
+        "hits@1 audio",
+        "macro F1@1 image",
+        "mu audio",
+        "mu image",
+        "mu either",
+    },
     "retrieve": {"audio_to_image_recall@10", "image_to_audio_median_rank", "nearest_neighbour_fusion"},
     "localize": {"cIoU@0.5 contrast", "AUC attention", "cIoU@0.5 center", "AUC other sound"},
     "separate": {"SDR", "SIR", "SAR", "SDR mixture", "SDR oracle", "SDR NMF", "SAR RPCA"},
@@ -104,8 +117,8 @@ def test_a_task_trains_evaluates_and_predicts(name, trained, clips, tmp_path, ca
     facts = json.loads((run / "run.json").read_text())
     assert facts["task"] == name
 
-    views = ["--views", "3"] if name == "probe" else []
-    assert main([name, "eval", str(run), *views]) == 0
+    more = {"probe": ["--views", "3"], "finetune": ["--tags", str(clips("vggsound") / "annotations/vggsounder.csv")]}
+    assert main([name, "eval", str(run), *more.get(name, [])]) == 0
     summary = json.loads((run / "eval" / "summary.json").read_text())
     assert summary["summary"].keys() >= SUMMARY[name]
     with open(run / "eval" / "samples.csv", newline="") as file:
