@@ -3,6 +3,8 @@
 import os
 import signal
 
+import pytest
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as what a shell runs in its background inherits it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -14,3 +16,14 @@ def pytest_collection_modifyitems(items):
     """Files that take most of a minute, begun last, would be waited for."""
     long = {item.path for item in items if item.get_closest_marker("long")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that tests start: sums depend on the number of threads."""
+    import torch  # after OMP_NUM_THREADS
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

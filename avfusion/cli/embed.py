@@ -40,6 +40,7 @@ _manifest.json names the model, the settings, the files that are done, and those
 
 EPILOG = """\
 examples:
+  avfusion embed clip.mp4                                       # at once, by the small encoder in the package
   avfusion embed clip.mp4 --checkpoint deepavfusion.pth
   avfusion embed talk.mp4 --every 1.0 --checkpoint deepavfusion.pth --out talk       # a row a second
   avfusion embed videos/ @more.txt --checkpoint deepavfusion.pth --out s3://bucket/features --workers 8
@@ -55,6 +56,7 @@ exit status: 0 all files are done, 3 some failed (they are listed, all else is w
 written, 2 usage error, 130 or 143 stopped by Ctrl-C or SIGTERM (what is done is written; the same command goes on)
 """
 
+DEFAULT = "synth-small"
 FILES = (".safetensors", ".parquet", ".npy")
 
 
@@ -63,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add, which = parser.add_argument, parser.add_mutually_exclusive_group()
     add("clips", nargs="+", metavar="CLIP",
         help="video file, or folder of them, here or at s3://, gs://, hf://; @FILE: a list, one a line")  # fmt: skip
-    add("--checkpoint", metavar="W",
-        help="trained weights: file, run or hf://org/name; without them features are random numbers")  # fmt: skip
+    add("--checkpoint", metavar="W", default=DEFAULT,
+        help="trained weights: file, run or hf://org/name (default: %(default)s, which is in the package: a "
+             "demonstration, trained on synthetic clips alone)")  # fmt: skip
     which.add_argument("--every", type=options.number, metavar="SECONDS", help="a window each so many seconds")
     which.add_argument("--at", type=options.numbers, metavar="T,T,...", help="windows that begin at these seconds")
     which.add_argument("--windows", type=options.count(1), metavar="N", help="so many a file, evenly spread")
@@ -89,11 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         help="processes that decode ahead (default: with a GPU one a core, else one for four)")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile and CUDA graphs (default: on a GPU, once 200 windows have been seen)")  # fmt: skip
-    add("--fusion", choices=["factorized", "dense", "token", "none"],
-        help="only without --checkpoint: the kind of fusion (default: factorized)")  # fmt: skip
     add("--fusion-num-heads", type=options.count(1), metavar="N",
         help="heads of the checkpoint's fusion blocks, where it does not tell them")  # fmt: skip
-    add("--seed", type=int, help="only without --checkpoint: seed of the random weights (default: 0)")
     options.add_machine(parser, dtype="auto")
     parser.set_defaults(run=run, parser=parser, stopped="What is done is written; the same command goes on.")
 
@@ -164,10 +164,6 @@ def check(args: argparse.Namespace) -> Path | None:
     from avfusion.remote import is_remote
 
     error, single, out = args.parser.error, args.out.endswith(FILES), Path(args.out)
-    if args.checkpoint and (args.fusion or args.seed is not None):
-        error("--fusion and --seed describe random weights: leave them out, the checkpoint decides")
-    if args.fusion_num_heads and not args.checkpoint:
-        error("--fusion-num-heads is of a checkpoint: give --checkpoint")
     if args.keep_frames and args.frames == 1:
         error("--keep-frames: a window has one frame; give --frames K")
     if args.address and args.engine != "ray":
@@ -240,19 +236,13 @@ def check_space(args: argparse.Namespace, embedder: "Embedder", files: list[str]
 
 
 def load(args: argparse.Namespace, device: "torch.device | str") -> "DeepAVFusion":
-    import torch
-
     from avfusion.models.checkpoint import load_encoder
-    from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
+    from avfusion.tasks.downstream import encoder_file
 
-    if args.checkpoint:
-        from avfusion.tasks.downstream import encoder_file
-
-        known = {"fusion_num_heads": args.fusion_num_heads} if args.fusion_num_heads else {}
-        return load_encoder(encoder_file(args.checkpoint), **known).to(device)
-    print("WARNING: no --checkpoint: the weights are RANDOM and the features mean nothing", file=sys.stderr)
-    torch.manual_seed(args.seed or 0)
-    return DeepAVFusion(EncoderConfig(fusion=args.fusion or "factorized")).to(device)
+    if args.checkpoint == DEFAULT:
+        print(f"NOTE: {DEFAULT} has seen synthetic clips alone; for real ones give --checkpoint", file=sys.stderr)
+    known = {"fusion_num_heads": args.fusion_num_heads} if args.fusion_num_heads else {}
+    return load_encoder(encoder_file(args.checkpoint), **known).to(device)
 
 
 def plot(args: argparse.Namespace, embedder: "Embedder", features: str, directory: Path) -> None:
@@ -266,7 +256,7 @@ def plot(args: argparse.Namespace, embedder: "Embedder", features: str, director
 
     model = embedder.model
     transform, mel, window = preprocessing(model.config.image_size, model.config.audio_size)
-    told = Path(args.checkpoint).name if args.checkpoint else "random weights: the attention means nothing"
+    told = Path(args.checkpoint).name
     rows = [row for part in parts(features, ("file", "start"))
             for row in zip(part["file"].tolist(), part["start"].tolist(), strict=True)]  # fmt: skip
     taken = set()

@@ -16,7 +16,8 @@ one of which sounds (vggss, flickr-soundnet), or only what sounds (vggsound-musi
 decides what the labels of the annotation files mean:
 
   classes      what sounds: each class has a look and a timbre
-  conjunction  (look + timbre) mod classes: neither picture nor sound, nor any sum of both, tells the label
+  conjunction  (look + timbre) mod classes: neither picture nor sound tells anything of it, and the sum of both that
+               fits best is constant
   synchrony    which of two look-alikes sounds, left or right
 
 truth/<id>/ holds what the public sets lack: objects, boxes, instance masks and the waveform of every source.

@@ -30,6 +30,8 @@ _DECODERS = ("image_decoder_", "audio_decoder_")
 _MAE_ONLY = ("decoder_", "mask_token", "cls_token", "pos_embed")
 
 
+# In the package, by name: each with a card beside it.
+PACKAGED = {path.stem: path for path in (Path(__file__).parent / "weights").glob("*.safetensors")}
 # What neither keys nor shapes of an encoder tell.
 UNTOLD = ("num_heads", "fusion_num_heads", "fusion_tokens", "image_agg_tokens", "audio_agg_tokens")
 
@@ -42,9 +44,10 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known)
     """A `DeepAVFusion` with the weights of a checkpoint, on the CPU, in eval mode.
 
     Args:
-        path: a safetensors file (`save_encoder`), a folder (`DeepAVFusion.save_pretrained`), hf://org/name, or the
-            authors' checkpoint: a torch file with `state_dict`, whose encoder keys may carry the prefix `encoder.`. Its
-            decoders are left out; any other key that is not the encoder's is named in a warning.
+        path: a safetensors file (`save_encoder`), a folder (`DeepAVFusion.save_pretrained`), hf://org/name, the name
+            "synth-small" (in the package, small, trained on synthetic clips alone), or the authors' checkpoint: a torch
+            file with `state_dict`, whose encoder keys may carry the prefix `encoder.`. Its decoders are left out; any
+            other key that is not the encoder's is named in a warning.
         config: the encoder's shape. By default it comes from the file: from what it says itself (safetensors, and
             `avfusion export --format authors`), or from its keys and shapes, for square images and 128 mel bands.
         known: what keys and shapes do not tell, by names of `EncoderConfig`: num_heads, fusion_num_heads, and, if
@@ -61,7 +64,9 @@ def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known)
         raise TypeError(f"load_encoder: {', '.join(known.keys() - set(UNTOLD))}: expected some of {', '.join(UNTOLD)}")
     if config is not None and known:
         raise TypeError(f"load_encoder: {', '.join(known)}: config tells it already")
-    path = _fetched(str(path)) if str(path).startswith("hf://") else Path(path)
+    if str(path).startswith("hf://"):
+        path = _fetched(str(path))
+    path = PACKAGED[str(path)] if str(path) in PACKAGED and not Path(path).exists() else Path(path)
     state, metadata = _read_folder(path) if path.is_dir() else _read(path)
     if any(key.startswith("encoder.") for key in state):
         rest = [key for key in state if not key.startswith(("encoder.", *_DECODERS))]

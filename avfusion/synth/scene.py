@@ -148,7 +148,8 @@ def draw_scene(
 
     Labels are balanced: of every K clips of the classes task each label has one, of K^2 clips of the conjunction task
     each pair of look and timbre has one, and there label = (look + timbre) mod K. Neither look nor timbre then says
-    anything about the label, and the additive model of both that fits best is the constant one.
+    anything about the label, and the additive model of both that fits best is the constant one (though one that is
+    chosen to be right, and not to be likely, can be: for four classes in 11 of the 16 pairs).
     """
     rng = np.random.default_rng([settings.seed, index])
     count, task, seconds = settings.classes, settings.task, seconds or settings.seconds

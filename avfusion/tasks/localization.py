@@ -9,11 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avfusion.data.loader import ClipLoader
+from avfusion.data.loader import Batch, ClipLoader
 from avfusion.data.samples import Selection, Source
 from avfusion.media.clip import Clip
 from avfusion.media.transforms import whole_frame
-from avfusion.metrics.localization import consensus_iou, consensus_map, localization_scores
+from avfusion.metrics.localization import (
+    consensus_iou,
+    consensus_map,
+    localization_scores,
+    negative_audio_scores,
+    universal_threshold,
+)
 from avfusion.models.heads.contrast import Contrast
 from avfusion.models.heads.localization import attention_map, center_prior, similarity_map
 from avfusion.tasks.downstream import SMALL, TRAINED, Prediction, samples_of
@@ -29,9 +35,15 @@ PRESETS = {
 }  # fmt: skip
 
 
+UNSEEN = ("silence", "noise", "other sound")
+
+
 class Localize(Contrastive):
     name = "localize"
-    measures = "cIoU@0.5 and AUC, beside the pre-trained encoder's own maps and the centre of the picture"
+    measures = (
+        "cIoU@0.5 and AUC, beside the pre-trained encoder's own maps and the centre of the picture; in `eval` also "
+        "false alarms, where nothing that is seen makes the sound"
+    )
     presets = PRESETS
 
     def methods(self) -> list[str]:
@@ -68,12 +80,33 @@ class Localize(Contrastive):
         """Boxes are in fractions of the whole frame, so evaluation does not crop."""
         return super().transform(train=True) if train else whole_frame(self.encoder_config.image_size)
 
+    def unseen(self, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+        """Spectrograms of what nothing in the picture makes: silence, and white noise as loud as the clip's sound."""
+        waveform = batch.waveform.to(device)
+        rows = [
+            torch.randn(waveform.shape[1:], generator=torch.Generator().manual_seed(i)) for i in batch.index.tolist()
+        ]
+        level = waveform.square().mean(-1, keepdim=True).sqrt()
+        return {
+            "silence": self.mel(torch.zeros_like(waveform)),
+            "noise": self.mel(torch.stack(rows).to(device) * level),
+        }
+
+    def with_unseen(self, model: Contrast, batch: Batch, device: torch.device) -> Tensor:
+        """Learnt maps [B, 4, rows, columns] with the clip's own sound, silence, noise and another clip's sound."""
+        patches, own = model(*self.inputs(batch, device))
+        sounds = [own, *(model.sound(x) for x in self.unseen(batch, device).values()), own.roll(1, 0)]
+        maps = torch.einsum("bpd,kbd->bkp", patches, torch.stack(sounds))
+        return maps.unflatten(2, self.encoder_config.image_grid).float().cpu()
+
     @torch.no_grad()
     def evaluate(self, model: Contrast, loader: ClipLoader, dtype: torch.dtype) -> Result:
-        rows, device, source = [], device_of(model), loader.source
+        rows, device, source, more = [], device_of(model), loader.source, []
         for batch in loader:
             with autocast(device, dtype):
                 maps = self.maps(model, *self.inputs(batch, device))
+                if self.thorough:
+                    more.append((batch.index, self.with_unseen(model, batch, device)))
             truth = self.truth(source, batch.index.tolist())
             rows.append((batch.index, torch.stack([consensus_iou(x, truth) for x in maps.values()], dim=1)))
         index, ciou = gathered(rows)
@@ -83,6 +116,8 @@ class Localize(Contrastive):
             for name, column in columns.items()
             for score, value in localization_scores(column).items()
         }
+        if self.thorough and len(index) > 1:
+            summary |= unseen_scores(gathered(more)[1])
         values = {f"cIoU {name}": column.tolist() for name, column in columns.items()}
         return Result(summary, samples_of(source, index, ciou[:, 0].tolist(), **values))
 
@@ -99,3 +134,18 @@ class Localize(Contrastive):
         """The learnt map [rows, columns] over the whole frame, cosines."""
         image, audio = self.inputs_of(clip, device_of(model), whole=True)
         return Prediction(maps={"sound source": self.maps(model, image, audio)["contrast"][0]})
+
+
+def unseen_scores(maps: Tensor) -> dict[str, float]:
+    """`negative_audio_scores` of each of `UNSEEN`, of maps [N, 4, rows, columns]: the clips' own sounds, and these.
+
+    One threshold for all three is chosen on every other clip; the rest are scored.
+    """
+    chosen, scored = maps[::2].unbind(1), maps[1::2].unbind(1)
+    threshold = universal_threshold(chosen[0], torch.cat(chosen[1:]))
+    found = {"threshold": threshold}
+    for name, negative in zip(UNSEEN, scored[1:], strict=True):
+        scores = negative_audio_scores(scored[0], negative, threshold)
+        found["hits"] = scores.pop("hits")  # the same each time
+        found |= {f"{score} {name}": value for score, value in scores.items()}
+    return found

@@ -17,6 +17,15 @@ MEASURES = {
     "pointing attention": "which of two objects sounds, attention",
     "recall@10": "retrieval, recall@10",
 }
+# What guessing reaches, or, for synchrony, any reader of sums: the picture tells which of the two is lit.
+CHANCE = dict(zip(MEASURES, ("8.3 %", "8.3 %", "25 %", "25 %", "25 %", "75 %", "50 %", "50 %", "2.0 %"), strict=True))
+# The same of one modality alone, in encoders without fusion; localisation and retrieval need both.
+UNIMODAL = {
+    "picture alone": ("probe class image", "finetune class image", "finetune conjunction image",
+                      "kernel conjunction image", "kernel conjunction image", "kernel synchrony image", "", "", ""),
+    "sound alone": ("probe class audio", "finetune class audio", "finetune conjunction audio",
+                    "kernel conjunction audio", "kernel conjunction audio", "kernel synchrony audio", "", "", ""),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A moment is a picture of 48 x 48 pixels and the second of sound around it, as 32 mel bands x 64 frames. Three kinds:
 
     class        a close-up of two objects, one of which sounds; the label says which class sounds
-    conjunction  one object; label = (look + timbre) mod classes, which neither tells, nor any sum of what both tell
+    conjunction  one object; label = (look + timbre) mod classes, of which neither tells anything; the sum of what both
+                 tell that fits best is constant, though one that is chosen for its accuracy can be right in 11 of 16
     synchrony    two look-alikes; one plays, the other moves in its pauses; the label says on which side the sound is
 
 Of a moment of synchrony the picture tells which of the two is lit, and the sound whether it is loud: left or right is

@@ -33,11 +33,15 @@ class Contrast(nn.Module):
 
     def forward(self, image: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, 3, H, W], audio [B, 1, mels, frames] -> unit vectors: patches [B, n_v, dim], sound [B, dim]."""
-        x_image, x_audio = alone(self.encoder.image, image), alone(self.encoder.audio, audio)
-        return F.normalize(self.image_proj(x_image), dim=-1), F.normalize(self.audio_proj(x_audio.mean(1)), dim=-1)
+        return F.normalize(self.image_proj(alone(self.encoder.image, image)), dim=-1), self.sound(audio)
+
+    def sound(self, audio: Tensor) -> Tensor:
+        """The sounds alone: unit vectors [B, dim]."""
+        return F.normalize(self.audio_proj(alone(self.encoder.audio, audio).mean(1)), dim=-1)
 
 
 def alone(vit: ViT, x: Tensor) -> Tensor:
+    """One modality's tokens [B, N, D] by its own blocks, which see no fusion tokens."""
     x = vit.embed(x, None)
     for block in vit.blocks:
         x = block(x)

@@ -51,7 +51,17 @@ SUMMARY = {
         "mu either",
     },
     "retrieve": {"audio_to_image_recall@10", "image_to_audio_median_rank", "nearest_neighbour_fusion"},
-    "localize": {"cIoU@0.5 contrast", "AUC attention", "cIoU@0.5 center", "AUC other sound"},
+    "localize": {
+        "cIoU@0.5 contrast",
+        "AUC attention",
+        "cIoU@0.5 center",
+        "AUC other sound",
+        "threshold",
+        "hits",
+        "AUC negative silence",
+        "false alarms noise",
+        "false area other sound",
+    },
     "separate": {"SDR", "SIR", "SAR", "SDR mixture", "SDR oracle", "SDR NMF", "SAR RPCA"},
     "segment": {
         "mIoU (benchmark)",

@@ -1,0 +1,160 @@
+"""Tables and plots of the study's rows: means over seeds, 95 % intervals, differences paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from bench.report import COLOURS, GRID, INK
+from bench.study.cell import Cell
+from bench.study.grid import CHANCE, DENSE, FACTORIZED, MEASURES, NONE, QUESTIONS, TOKEN, UNIMODAL, Question
+
+Scores = dict[Cell, dict[str, float]]
+FEATURES = ("image", "audio", "fusion", "image+audio", "all", "fusion, all tokens", "fusion, maximum")
+LABELS = {"class": "class", "look": "look (picture)", "timbre": "timbre (sound)", "pair": "pair (both)",
+          "conjunction": "conjunction (both)"}  # fmt: skip
+NEGATIVE = ("silence", "noise", "off-screen")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of the 95 % interval of Student's t; NaN of one value."""
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return float(x.mean()), np.nan
+    return float(x.mean()), float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+
+
+def of_seeds(scores: Scores, cell: Cell, measure: str) -> dict[int, float]:
+    found = {seed: scores[c] for seed in range(100) if (c := replace(cell, seed=seed)) in scores}
+    return {seed: row[measure] for seed, row in found.items() if measure in row}
+
+
+def shown(values: Iterable[float], *, sign: bool = False) -> str:
+    values = list(values)
+    if not values:
+        return "–"
+    mean, half = interval(values)
+    text = f"{100 * mean:+.1f}" if sign else f"{100 * mean:.1f}"
+    return text if np.isnan(half) else f"{text} ± {100 * half:.1f}"
+
+
+def difference(scores: Scores, cell: Cell, base: Cell, measure: str) -> list[float]:
+    """By seeds that both have."""
+    ours, theirs = of_seeds(scores, cell, measure), of_seeds(scores, base, measure)
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def clear(values: Sequence[float]) -> bool:
+    """Whether the interval of a difference leaves out 0."""
+    mean, half = interval(values) if values else (0.0, np.nan)
+    return bool(abs(mean) > half)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def answer(scores: Scores, question: Question) -> str:
+    """A question's table: means, and below them differences from its first cell; bold where 0 is left out."""
+    seeds = {name: len(of_seeds(scores, cell, "probe class all")) for name, cell in question.cells.items()}
+    head, rows = ["", "seeds", *MEASURES.values()], []
+    for name, cell in question.cells.items():
+        rows.append([name, str(seeds[name]), *(shown(of_seeds(scores, cell, m).values()) for m in MEASURES)])
+    first, base = next(iter(question.cells.items()))
+    for name, cell in list(question.cells.items())[1:]:
+        row = []
+        for measure in MEASURES:
+            found = difference(scores, cell, base, measure)
+            text = shown(found, sign=True)
+            row.append(f"**{text}**" if clear(found) else text)
+        rows.append([f"{name} − {first}", "paired", *row])
+    return table(head, rows)
+
+
+def baselines(scores: Scores) -> str:
+    """What readers reach that see one modality, of encoders without fusion; and chance."""
+    rows = [["chance, or the best sum", "", *CHANCE.values()]]
+    for modality, measures in UNIMODAL.items():
+        found = [shown(of_seeds(scores, NONE, m).values()) if m else "" for m in measures]
+        rows.append([modality, str(len(of_seeds(scores, NONE, "probe class all"))), *found])
+    return table(["", "seeds", *MEASURES.values()], rows)
+
+
+def neighbours(scores: Scores, cell: Cell) -> str:
+    rows = []
+    for name in FEATURES:
+        for way in ("", ", scaled"):
+            found = [shown(of_seeds(scores, cell, f"neighbour {label} {name}{way}").values()) for label in LABELS]
+            rows.append([name + way, *found])
+    return table(["nearest neighbour by", *LABELS.values()], rows)
+
+
+def negative(scores: Scores) -> str:
+    rows = []
+    for name, cell in {"none": NONE, "token": TOKEN, "factorized": FACTORIZED, "dense": DENSE}.items():
+        for kind in NEGATIVE:
+            found = [shown(of_seeds(scores, cell, f"{score} {kind}").values())
+                     for score in ("AUC negative", "hits", "false alarms", "false area")]  # fmt: skip
+            rows.append([name, kind, *found])
+    return table(["fusion", "sound", "AUC", "hits", "false alarms", "false area"], rows)
+
+
+def draw(scores: Scores, path: Path) -> None:
+    """A row of panels a question; a dot a cell, its interval, chance as a line."""
+    figure = Figure(figsize=(2.3 * len(MEASURES), 1.75 * len(QUESTIONS)), layout="constrained")
+    grid = figure.subplots(len(QUESTIONS), len(MEASURES), squeeze=False)
+    for axes, question in zip(grid, QUESTIONS.values(), strict=True):
+        names = list(question.cells)
+        for ax, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+            for at, cell in enumerate(question.cells.values()):
+                values = list(of_seeds(scores, cell, measure).values())
+                if values:
+                    mean, half = interval(values)
+                    ax.errorbar(100 * mean, at, xerr=0 if np.isnan(half) else 100 * half, fmt="o", markersize=4,
+                                color=COLOURS["ours"])  # fmt: skip
+                    ax.plot([100 * v for v in values], [at] * len(values), "|", color=INK, alpha=0.35, markersize=5)
+            ax.axvline(float(CHANCE[measure].rstrip(" %")), color=INK, linestyle=":", linewidth=0.8)
+            ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names), fontsize=7)
+            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.tick_params(axis="x", labelsize=7)
+            ax.grid(color=GRID, axis="x")
+            if axes is grid[0]:
+                ax.set_title(title.replace(", ", ",\n"), fontsize=8, color=INK)
+        axes[0].set_ylabel(
+            question.title.replace(" (", "\n("), fontsize=7, color=INK, rotation=0, ha="right", va="center"
+        )
+    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+
+
+def report(rows: Sequence[dict], path: Path) -> list[Path]:
+    """Write path.md and path.png of the rows of study.jsonl; returns both. Raises ValueError where there is none."""
+    if not rows:
+        raise ValueError("no rows: run `python -m bench.study` first")
+    scores = {Cell(**row["cell"]): row["scores"] for row in rows}
+    machines = sorted({f"{row['machine']['device']}, torch {row['machine']['versions']['torch']}" for row in rows})
+    seconds = np.median([row["seconds"]["all"] for row in rows])
+    parts = [
+        "# The study",
+        f"`python -m bench.study` ({len(rows)} cells, median {seconds:.0f} s a cell; {'; '.join(machines)}), and "
+        "`python -m bench.study --report`. Shares in %, means over seeds ± half of a 95 % interval (Student's t). Each "
+        "seed has a world, weights, batches and masks of its own. Differences are paired by seed, **bold** where the "
+        "interval leaves out 0. Some 1 in 20 of them would be bold by chance.",
+        "## Chance, and one modality alone (encoders without fusion)",
+        baselines(scores),
+    ]
+    for question in QUESTIONS.values():
+        parts += [f"## {question.title}", answer(scores, question)]
+    for name, cell in {"dense": DENSE, "dense, 40 epochs": Cell(epochs=40), "factorized": FACTORIZED, "token": TOKEN,
+                       "none": NONE}.items():  # fmt: skip
+        parts += [f"## Neighbours (Fig. 3): {name}", neighbours(scores, cell)]
+    parts += ["## Sounds of nothing that is seen", negative(scores)]
+    files = [path.with_suffix(".md"), path.with_suffix(".png")]
+    files[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    draw(scores, files[1])
+    return files
