@@ -44,10 +44,9 @@ QUESTIONS = {
     "kinds": Question("Which kind of fusion (Table 5)",
                       {"token": TOKEN, "factorized": FACTORIZED, "dense": DENSE,
                        "dense, products": Cell(interaction="product")}, seeds=8),
-    "pretraining": Question("Pre-trained or from scratch",
-                            {f"{name}, {how}": replace(cell, epochs=epochs)
-                             for name, cell in (("none", NONE), ("dense", DENSE), ("factorized", FACTORIZED))
-                             for how, epochs in (("from scratch", 0), ("pre-trained", PRETRAIN_EPOCHS))}, seeds=6),
+    **{f"pretraining {name}": Question(f"Pre-trained or from scratch ({name})",
+                                       {"from scratch": replace(cell, epochs=0), "pre-trained": cell}, seeds=6)
+       for name, cell in (("no fusion", NONE), ("dense", DENSE), ("factorized", FACTORIZED))},
     "tokens": Question("How many fusion tokens (dense; Table 7)",
                        {"16": DENSE, "4": Cell(tokens=4), "8": Cell(tokens=8), "32": Cell(tokens=32)}),
     "aggregates": Question("How many aggregation tokens a modality (factorized; Table 7)",

@@ -61,29 +61,29 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def answer(scores: Scores, question: Question) -> str:
-    """A question's table: means, and below them differences from its first cell; bold where 0 is left out."""
-    seeds = {name: len(of_seeds(scores, cell, "probe class all")) for name, cell in question.cells.items()}
-    head, rows = ["", "seeds", *MEASURES.values()], []
-    for name, cell in question.cells.items():
-        rows.append([name, str(seeds[name]), *(shown(of_seeds(scores, cell, m).values()) for m in MEASURES)])
-    first, base = next(iter(question.cells.items()))
-    for name, cell in list(question.cells.items())[1:]:
-        row = []
-        for measure in MEASURES:
-            found = difference(scores, cell, base, measure)
-            text = shown(found, sign=True)
-            row.append(f"**{text}**" if clear(found) else text)
-        rows.append([f"{name} − {first}", "paired", *row])
-    return table(head, rows)
+    """A question's table: a column a cell, a row a measure; below a mean its difference from the first cell's."""
+    first = next(iter(question.cells.values()))
+    seeds = [str(len(of_seeds(scores, cell, "probe class all"))) for cell in question.cells.values()]
+    rows = [["seeds", *seeds]]
+    for measure, title in MEASURES.items():
+        row = [title]
+        for cell in question.cells.values():
+            text = shown(of_seeds(scores, cell, measure).values())
+            if cell != first and (found := difference(scores, cell, first, measure)):
+                change = shown(found, sign=True)
+                text += f"<br>{f'**{change}**' if clear(found) else change}"
+            row.append(text)
+        rows.append(row)
+    return table(["", *question.cells], rows)
 
 
 def baselines(scores: Scores) -> str:
-    """What readers reach that see one modality, of encoders without fusion; and chance."""
-    rows = [["chance, or the best sum", "", *CHANCE.values()]]
-    for modality, measures in UNIMODAL.items():
-        found = [shown(of_seeds(scores, NONE, m).values()) if m else "" for m in measures]
-        rows.append([modality, str(len(of_seeds(scores, NONE, "probe class all"))), *found])
-    return table(["", "seeds", *MEASURES.values()], rows)
+    """Chance, and what readers reach that see one modality, in encoders without fusion."""
+    rows = []
+    for at, (measure, title) in enumerate(MEASURES.items()):
+        alone = [measures[at] for measures in UNIMODAL.values()]
+        rows.append([title, CHANCE[measure], *(shown(of_seeds(scores, NONE, m).values()) if m else "" for m in alone)])
+    return table(["", "chance", *UNIMODAL], rows)
 
 
 def neighbours(scores: Scores, cell: Cell) -> str:
@@ -107,7 +107,7 @@ def negative(scores: Scores) -> str:
 
 def draw(scores: Scores, path: Path) -> None:
     """A row of panels a question; a dot a cell, its interval, chance as a line."""
-    figure = Figure(figsize=(2.3 * len(MEASURES), 1.75 * len(QUESTIONS)), layout="constrained")
+    figure = Figure(figsize=(2.2 * len(MEASURES), 1.5 * len(QUESTIONS)), layout="constrained")
     grid = figure.subplots(len(QUESTIONS), len(MEASURES), squeeze=False)
     for axes, question in zip(grid, QUESTIONS.values(), strict=True):
         names = list(question.cells)
@@ -143,8 +143,8 @@ def report(rows: Sequence[dict], path: Path) -> list[Path]:
         "# The study",
         f"`python -m bench.study` ({len(rows)} cells, median {seconds:.0f} s a cell; {'; '.join(machines)}), and "
         "`python -m bench.study --report`. Shares in %, means over seeds ± half of a 95 % interval (Student's t). Each "
-        "seed has a world, weights, batches and masks of its own. Differences are paired by seed, **bold** where the "
-        "interval leaves out 0. Some 1 in 20 of them would be bold by chance.",
+        "seed has a world, weights, batches and masks of its own. Below a mean: its difference from the first column, "
+        "paired by seed, **bold** where the interval leaves out 0, as 1 in 20 would by chance.",
         "## Chance, and one modality alone (encoders without fusion)",
         baselines(scores),
     ]
