@@ -47,6 +47,7 @@ class Cell:
     image_mask: float = 0.75
     audio_mask: float = 0.8
     epochs: int = PRETRAIN_EPOCHS
+    world: str = "mixed"
     seed: int = 0
 
     @property
@@ -82,7 +83,7 @@ class PlainResidual(DenseFusion):
 
 def row_of(cell: Cell, cache: Path, device: str, share: float) -> dict:
     """The cell's row: its settings, scores by name, seconds; its world is one of `cache`, which may be made there."""
-    return {"cell": asdict(cell)} | run(cell, world_of(cell.seed, cache, share=share), torch.device(device))
+    return {"cell": asdict(cell)} | run(cell, world_of(cell.world, cell.seed, cache, share=share), torch.device(device))
 
 
 def run(cell: Cell, world: dict[tuple[str, str], Moments], device: torch.device) -> dict:
@@ -97,9 +98,10 @@ def run(cell: Cell, world: dict[tuple[str, str], Moments], device: torch.device)
     tokens = {key: encode(encoder, moments) for key, moments in world.items() if key[1] != "pretrain"}
     found |= probes(tokens, world) | neighbours(tokens, world)
     times["probes"] = time.perf_counter() - begun
-    found |= localization(encoder, world)
-    times["localization"] = time.perf_counter() - begun
-    found |= finetune(cell, encoder, world)
+    if cell.world == "mixed":
+        found |= localization(encoder, world)
+        times["localization"] = time.perf_counter() - begun
+        found |= finetune(cell, encoder, world)
     times["all"] = time.perf_counter() - begun
     return {"scores": found, "seconds": {name: round(t, 1) for name, t in times.items()}}
 
@@ -111,9 +113,15 @@ def batches(size: int, epochs: int, seed: int) -> Iterator[Tensor]:
         yield from torch.randperm(size, generator=generator)[: size // BATCH * BATCH].split(BATCH)
 
 
-def joined(world: dict[tuple[str, str], Moments], split: str, kinds: Iterable[str] = tuple(CLASSES)) -> Moments:
-    """The moments of several kinds."""
-    return Moments(*(torch.cat(x) for x in zip(*(world[kind, split] for kind in kinds), strict=True)))
+def kinds_of(world: Iterable[tuple[str, str]]) -> list[str]:
+    return list(dict.fromkeys(kind for kind, _ in world))
+
+
+def joined(world: dict[tuple[str, str], Moments], split: str, kinds: Iterable[str] = ()) -> Moments:
+    """The moments of some kinds, or of all."""
+    return Moments(
+        *(torch.cat(x) for x in zip(*(world[kind, split] for kind in kinds or kinds_of(world)), strict=True))
+    )
 
 
 def train(model: nn.Module, losses, size: int, epochs: int, rate: float, seed: int) -> float:
@@ -168,7 +176,7 @@ def probes(tokens: Tokens, world: dict[tuple[str, str], Moments]) -> dict[str, f
     side, which also tell where and when; only the second can find what no sum tells.
     """
     found = {}
-    for kind in CLASSES:
+    for kind in kinds_of(world):
         labels = {split: world[kind, split].label.cpu().numpy() for split in ("train", "val", "test")}
         for name, parts in READ.items():
             pooled, whole = {}, {}
@@ -214,7 +222,7 @@ def neighbours(tokens: Tokens, world: dict[tuple[str, str], Moments]) -> dict[st
     Features are compared as they are, and each divided by its deviation over the training split ("scaled").
     """
     found = {}
-    for kind in NEIGHBOURS:
+    for kind in (kind for kind in kinds_of(world) if kind in NEIGHBOURS):
         moments = world[kind, "test"].to(torch.device("cpu"))
         labels = {kind: moments.label}
         if kind == "conjunction":

@@ -18,6 +18,8 @@ Scores = dict[Cell, dict[str, float]]
 FEATURES = ("image", "audio", "fusion", "image+audio", "all", "fusion, all tokens", "fusion, maximum")
 LABELS = {"class": "class", "look": "look (picture)", "timbre": "timbre (sound)", "pair": "pair (both)",
           "conjunction": "conjunction (both)"}  # fmt: skip
+PLOTTED = ("probe class image", "finetune class mean", "finetune conjunction mean", "kernel conjunction fusion",
+           "pointing contrast")  # fmt: skip
 NEGATIVE = ("silence", "noise", "off-screen")
 
 
@@ -63,9 +65,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def answer(scores: Scores, question: Question) -> str:
     """A question's table: a column a cell, a row a measure; below a mean its difference from the first cell's."""
     first = next(iter(question.cells.values()))
-    seeds = [str(len(of_seeds(scores, cell, "probe class all"))) for cell in question.cells.values()]
-    rows = [["seeds", *seeds]]
-    for measure, title in MEASURES.items():
+    some = next(iter(question.measures))
+    rows = [["seeds", *(str(len(of_seeds(scores, cell, some))) for cell in question.cells.values())]]
+    for measure, title in question.measures.items():
         row = [title]
         for cell in question.cells.values():
             text = shown(of_seeds(scores, cell, measure).values())
@@ -107,11 +109,13 @@ def negative(scores: Scores) -> str:
 
 def draw(scores: Scores, path: Path) -> None:
     """A row of panels a question; a dot a cell, its interval, chance as a line."""
-    figure = Figure(figsize=(2.2 * len(MEASURES), 1.5 * len(QUESTIONS)), layout="constrained")
-    grid = figure.subplots(len(QUESTIONS), len(MEASURES), squeeze=False)
-    for axes, question in zip(grid, QUESTIONS.values(), strict=True):
+    questions = [question for question in QUESTIONS.values() if question.measures is MEASURES]
+    figure = Figure(figsize=(2.6 * len(PLOTTED) + 3.5, 1.3 * len(questions)))
+    figure.subplots_adjust(left=0.3, right=0.99, top=0.96, bottom=0.02, hspace=0.35, wspace=0.08)
+    grid = figure.subplots(len(questions), len(PLOTTED), squeeze=False)
+    for axes, question in zip(grid, questions, strict=True):
         names = list(question.cells)
-        for ax, (measure, title) in zip(axes, MEASURES.items(), strict=True):
+        for ax, (measure, title) in zip(axes, ((m, MEASURES[m]) for m in PLOTTED), strict=True):
             for at, cell in enumerate(question.cells.values()):
                 values = list(of_seeds(scores, cell, measure).values())
                 if values:
@@ -127,7 +131,13 @@ def draw(scores: Scores, path: Path) -> None:
             if axes is grid[0]:
                 ax.set_title(title.replace(", ", ",\n"), fontsize=8, color=INK)
         axes[0].set_ylabel(
-            question.title.replace(" (", "\n("), fontsize=7, color=INK, rotation=0, ha="right", va="center"
+            question.title.replace(" (", "\n("),
+            fontsize=7,
+            color=INK,
+            rotation=0,
+            ha="right",
+            va="center",
+            labelpad=120,
         )
     figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
 

@@ -16,7 +16,7 @@ import avfkernels
 from avfkernels import DenseFusion
 from bench.study.__main__ import rows_of
 from bench.study.cell import Cell, run
-from bench.study.grid import CHANCE, MEASURES, NONE, QUESTIONS, UNIMODAL, order
+from bench.study.grid import CHANCE, MEASURES, NONE, QUESTIONS, SYNCHRONY, UNIMODAL, order
 from bench.study.report import clear, difference, interval, report
 from bench.study.world import CLASSES, LOUDEST, QUIETEST, Moments, inputs, moment, moment_of, quantized, scene, world_of
 
@@ -101,7 +101,7 @@ def test_moments_of_each_kind():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return world_of(0, tmp_path_factory.mktemp("worlds"), share=1 / 16)
+    return world_of("mixed", 0, tmp_path_factory.mktemp("worlds"), share=1 / 16)
 
 
 @pytest.mark.long  # a world is drawn, and two encoders go all the way
@@ -129,6 +129,13 @@ def test_a_plain_residual_is_added_to_the_tokens_as_they_come():
     assert (alpha.shape, beta.shape) == ((2, 4, 16, 32), (2, 4, 16, 36))
 
 
+def test_a_world_of_synchrony_alone(tmp_path):
+    world = world_of("synchrony", 0, tmp_path, share=1 / 32)
+    found = run(Cell(epochs=1, world="synchrony"), world, torch.device("cpu"))["scores"]
+    assert found.keys() >= SYNCHRONY.keys()
+    assert not any("class" in name for name in found)
+
+
 def test_an_encoder_without_fusion_cannot_point_by_attention(world):
     found = run(Cell(fusion="none", layers="none", epochs=0), world, torch.device("cpu"))["scores"]
     assert "pointing contrast" in found
@@ -144,6 +151,7 @@ def test_order_has_every_cell_once_and_three_seeds_of_all_questions_first():
     seeds = Counter(replace(cell, seed=0) for cell in cells)
     assert all(seeds[cell] >= q.seeds for q in QUESTIONS.values() for cell in q.cells.values())
     assert CHANCE.keys() == MEASURES.keys()
+    assert all(len(measures) == len(MEASURES) for measures in UNIMODAL.values())
 
 
 def test_a_row_that_was_cut_off_is_run_again(tmp_path):
