@@ -2,7 +2,7 @@
 
 Pre-trains and evaluates a small encoder for every cell of a grid (bench/study/grid.py) and appends a row a cell to
 bench/results/study.jsonl. Started again it runs what is missing, the most informative first. `--report` writes
-bench/results/study.md and .png from the rows.
+bench/results/study.md and .png from the rows, and the tables of docs/science.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench.study.cell import Cell, row_of
 from bench.study.grid import order
 
 RESULTS = Path(__file__).parents[1] / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "science.md"
 REHEARSAL = 1 / 16  # of the moments, and a few cells
 
 
@@ -46,13 +47,17 @@ def main() -> None:
                         help="rendered worlds, 60 MB in all (default: %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS / "study.jsonl", metavar="FILE",
                         help="rows (default: bench/results/study.jsonl)")  # fmt: skip
-    parser.add_argument("--report", action="store_true", help="write tables and plots of the rows; run nothing")
+    parser.add_argument("--report", action="store_true", help="write tables and plots of the rows, and run nothing")
     parser.add_argument("--rehearse", action="store_true", help="two cells of a small world, as a check of a machine")
     args = parser.parse_args()
     if args.report:
-        from bench.study.report import report
+        from bench.study.report import filled, report, tables
 
-        print(*report(rows_of(args.out), args.out.with_suffix("")), sep="\n")
+        rows = rows_of(args.out)
+        print(*report(rows, args.out.with_suffix("")), sep="\n")
+        if args.out == RESULTS / "study.jsonl":
+            PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), tables(rows)), encoding="utf-8")
+            print(f"{PAGE}: its tables")
         return
 
     begun, device = time.perf_counter(), torch.device(args.device)

@@ -25,7 +25,7 @@ from avfusion.models.heads.localization import attention_map
 from avfusion.models.mae import AVMAE
 from avfusion.synth.timbres import RATE
 from avfusion.training.optim import adamw, set_rate
-from bench.study.world import CLASSES, FRAMES, MELS, PATCH, SIZE, Moments, inputs, spectrogram, world_of
+from bench.study.world import CLASSES, FRAMES, MELS, PATCH, PATCHES, SIZE, Moments, inputs, spectrogram, world_of
 
 BATCH = 64
 PRETRAIN_EPOCHS, FINETUNE_EPOCHS = 10, 8
@@ -91,6 +91,7 @@ def run(cell: Cell, world: dict[tuple[str, str], Moments], device: torch.device)
     begun = time.perf_counter()
     torch.manual_seed(cell.seed)
     encoder = cell.encoder().to(device)
+    encoder.compiled = False  # a cell is shorter than a compilation
     world = {key: moments.to(device) for key, moments in world.items()}
     found = pretrain(cell, encoder, world) if cell.epochs else {}
     times = {"pretrain": time.perf_counter() - begun}
@@ -119,9 +120,8 @@ def kinds_of(world: Iterable[tuple[str, str]]) -> list[str]:
 
 def joined(world: dict[tuple[str, str], Moments], split: str, kinds: Iterable[str] = ()) -> Moments:
     """The moments of some kinds, or of all."""
-    return Moments(
-        *(torch.cat(x) for x in zip(*(world[kind, split] for kind in kinds or kinds_of(world)), strict=True))
-    )
+    parts = [world[kind, split] for kind in kinds or kinds_of(world)]
+    return Moments(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def train(model: nn.Module, losses, size: int, epochs: int, rate: float, seed: int) -> float:
@@ -145,14 +145,14 @@ def pretrain(cell: Cell, encoder: DeepAVFusion, world: dict[tuple[str, str], Mom
     masks = torch.Generator().manual_seed(cell.seed)
 
     def losses(rows: Tensor) -> Tensor:
-        noise = (torch.rand(len(rows), n, generator=masks).to(device) for n in (36, 32))
+        noise = (torch.rand(len(rows), n, generator=masks).to(device) for n in PATCHES)
         image_loss, audio_loss, *_ = model(*inputs(pool.take(rows.to(device))), *noise, predict=False)
         return image_loss + audio_loss
 
     train(model, losses, len(pool.image), cell.epochs, RATES["pretrain"], cell.seed)
     with torch.no_grad():
         held, generator = joined(world, "val"), torch.Generator().manual_seed(1)
-        noise = (torch.rand(len(held.image), n, generator=generator).to(device) for n in (36, 32))
+        noise = (torch.rand(len(held.image), n, generator=generator).to(device) for n in PATCHES)
         image_loss, audio_loss, *_ = model.eval()(*inputs(held), *noise, predict=False)
     return {"loss image": image_loss.item(), "loss audio": audio_loss.item()}
 
@@ -197,9 +197,10 @@ def read(features: dict[str, Tensor], labels: dict[str, np.ndarray], *, kernel: 
     if kernel:  # SVC(kernel="rbf", gamma="scale") by its matrices, which PyTorch makes faster
         x = {split: torch.exp(-torch.cdist(f, x["train"]).square() / f.shape[1]) for split, f in x.items()}
     x = {split: f.numpy() for split, f in x.items()}
-    ways = (
-        [SVC(C=c, kernel="precomputed") for c in (1, 10)] if kernel else [RidgeClassifier(a) for a in (10, 100, 1000)]
-    )
+    if kernel:
+        ways = [SVC(C=c, kernel="precomputed") for c in (1, 10)]
+    else:
+        ways = [RidgeClassifier(alpha) for alpha in (10, 100, 1000)]
     best = max(ways, key=lambda way: way.fit(x["train"], labels["train"]).score(x["val"], labels["val"]))
     return float(best.score(x["test"], labels["test"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from scipy import stats
 
 from bench.report import COLOURS, GRID, INK
 from bench.study.cell import Cell
-from bench.study.grid import CHANCE, DENSE, FACTORIZED, MEASURES, NONE, QUESTIONS, TOKEN, UNIMODAL, Question
+from bench.study.grid import CHANCE, DENSE, FACTORIZED, MEASURES, NONE, PRODUCT, QUESTIONS, TOKEN, UNIMODAL, Question
 
 Scores = dict[Cell, dict[str, float]]
 FEATURES = ("image", "audio", "fusion", "image+audio", "all", "fusion, all tokens", "fusion, maximum")
@@ -97,6 +98,24 @@ def neighbours(scores: Scores, cell: Cell) -> str:
     return table(["nearest neighbour by", *LABELS.values()], rows)
 
 
+def losses(scores: Scores) -> str:
+    """Validation losses of masked pre-training, and their differences from those without fusion, in thousandths."""
+    rows = []
+    cells = {"no fusion": NONE, "late": Cell(layers="3"), "mid": Cell(layers="2-3"), "token": TOKEN,
+             "factorized": FACTORIZED, "dense": DENSE, "dense, products": PRODUCT}  # fmt: skip
+    for name, cell in cells.items():
+        row = [name]
+        for measure in ("loss image", "loss audio"):
+            found = [10 * x for x in difference(scores, cell, NONE, measure)]  # `shown` is in hundredths
+            values = of_seeds(scores, cell, measure).values()
+            row.append(f"{np.mean(list(values)):.3f}" if values else "–")
+            row.append(
+                "" if cell == NONE else f"**{shown(found, sign=True)}**" if clear(found) else shown(found, sign=True)
+            )
+        rows.append(row)
+    return table(["", "image", "difference / 1000", "audio", "difference / 1000"], rows)
+
+
 def negative(scores: Scores) -> str:
     rows = []
     for name, cell in {"none": NONE, "token": TOKEN, "factorized": FACTORIZED, "dense": DENSE}.items():
@@ -142,11 +161,28 @@ def draw(scores: Scores, path: Path) -> None:
     figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
 
 
+def tables(rows: Sequence[dict]) -> dict[str, tuple[str, str]]:
+    """Of the rows of study.jsonl: title and table, by name."""
+    scores = {Cell(**row["cell"]): row["scores"] for row in rows}
+    found = {"baselines": ("Chance, and one modality alone (encoders without fusion)", baselines(scores))}
+    found["losses"] = "Losses of masked pre-training, on moments that it has not seen", losses(scores)
+    found |= {name: (question.title, answer(scores, question)) for name, question in QUESTIONS.items()}
+    for name, cell in {"dense": DENSE, "dense, 40 epochs": Cell(epochs=40), "factorized": FACTORIZED, "token": TOKEN,
+                       "no fusion": NONE}.items():  # fmt: skip
+        found[f"neighbours {name}"] = f"Neighbours (Fig. 3): {name}", neighbours(scores, cell)
+    return found | {"negative": ("Sounds of nothing that is seen", negative(scores))}
+
+
+def filled(page: str, found: dict[str, tuple[str, str]]) -> str:
+    """A page with its tables made anew, which stand between <!-- study: NAME --> and <!-- end -->."""
+    return re.sub(r"(<!-- study: (.+?) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{found[m[2]][1]}\n{m[3]}", page,
+                  flags=re.DOTALL)  # fmt: skip
+
+
 def report(rows: Sequence[dict], path: Path) -> list[Path]:
     """Write path.md and path.png of the rows of study.jsonl; returns both. Raises ValueError where there is none."""
     if not rows:
         raise ValueError("no rows: run `python -m bench.study` first")
-    scores = {Cell(**row["cell"]): row["scores"] for row in rows}
     machines = sorted({f"{row['machine']['device']}, torch {row['machine']['versions']['torch']}" for row in rows})
     seconds = np.median([row["seconds"]["all"] for row in rows])
     parts = [
@@ -155,16 +191,9 @@ def report(rows: Sequence[dict], path: Path) -> list[Path]:
         "`python -m bench.study --report`. Shares in %, means over seeds ± half of a 95 % interval (Student's t). Each "
         "seed has a world, weights, batches and masks of its own. Below a mean: its difference from the first column, "
         "paired by seed, **bold** where the interval leaves out 0, as 1 in 20 would by chance.",
-        "## Chance, and one modality alone (encoders without fusion)",
-        baselines(scores),
     ]
-    for question in QUESTIONS.values():
-        parts += [f"## {question.title}", answer(scores, question)]
-    for name, cell in {"dense": DENSE, "dense, 40 epochs": Cell(epochs=40), "factorized": FACTORIZED, "token": TOKEN,
-                       "none": NONE}.items():  # fmt: skip
-        parts += [f"## Neighbours (Fig. 3): {name}", neighbours(scores, cell)]
-    parts += ["## Sounds of nothing that is seen", negative(scores)]
+    parts += [f"## {title}\n\n{table}" for title, table in tables(rows).values()]
     files = [path.with_suffix(".md"), path.with_suffix(".png")]
     files[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    draw(scores, files[1])
+    draw({Cell(**row["cell"]): row["scores"] for row in rows}, files[1])
     return files

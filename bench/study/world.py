@@ -31,6 +31,7 @@ from avfusion.synth.scene import Scene, Settings, draw_scene
 from avfusion.synth.timbres import RATE
 
 SIZE, MELS, FRAMES, PATCH = 48, 32, 64, 8
+PATCHES = (SIZE // PATCH) ** 2, MELS * FRAMES // PATCH**2  # 36 of a picture, 32 of a sound
 SECONDS = 3.0  # of a scene
 LOUD = 4  # synchrony: every so many-th moment is quiet
 CLASSES = {"class": 12, "conjunction": 4, "synchrony": 2}

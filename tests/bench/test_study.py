@@ -14,10 +14,10 @@ from sklearn.svm import SVC
 
 import avfkernels
 from avfkernels import DenseFusion
-from bench.study.__main__ import rows_of
+from bench.study.__main__ import PAGE, RESULTS, rows_of
 from bench.study.cell import Cell, run
 from bench.study.grid import CHANCE, MEASURES, NONE, QUESTIONS, SYNCHRONY, UNIMODAL, order
-from bench.study.report import clear, difference, interval, report
+from bench.study.report import clear, difference, filled, interval, report, tables
 from bench.study.world import CLASSES, LOUDEST, QUIETEST, Moments, inputs, moment, moment_of, quantized, scene, world_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,3 +187,10 @@ def test_report_pairs_by_seed(tmp_path):
     assert files[1].read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no rows"):
         report([], tmp_path / "none")
+
+
+def test_the_page_has_the_tables_of_the_rows():
+    """docs/science.md: what `python -m bench.study --report` would write there is what stands there."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == filled(page, tables(rows_of(RESULTS / "study.jsonl")))
+    assert page.count("<!-- study: ") >= 10
