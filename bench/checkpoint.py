@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="data and run go there")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "avfusion", "pretrain", NAME], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "avfusion", "pretrain", NAME, "--resume"], cwd=folder, check=True)
     run = folder / "runs" / NAME
     encoder = load_encoder(encoder_file(str(run)))
     path = WEIGHTS / f"{NAME}.safetensors"

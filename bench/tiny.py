@@ -82,7 +82,8 @@ def main() -> None:
         run(args.folder, "pretrain", "pretrain", "tiny")
         for name in args.tasks:
             run(args.folder, f"{name}-train", name, "train", "tiny", "--encoder", "runs/tiny")
-            run(args.folder, f"{name}-eval", name, "eval", f"runs/{name}-tiny")
+            tags = ("--tags", "data/tiny/annotations/vggsounder.csv") if name == "finetune" else ()
+            run(args.folder, f"{name}-eval", name, "eval", f"runs/{name}-tiny", *tags)
     collect(args.folder)
 
 
