@@ -72,5 +72,4 @@ def test_it_has_learnt_to_hear():
         features = dict(zip(("image", "audio", "fusion"), (x.mean(1) for x in tokens), strict=True))
         found[name] = neighbour_scores(features, torch.tensor(labels))
     assert found["ours"]["chance"] < 0.08
-    assert found["ours"]["audio"] > 0.5, found
-    assert found["ours"]["fusion"] > found["random"]["fusion"], found
+    assert found["ours"]["audio"] > max(0.6, found["random"]["audio"] + 0.2), found
