@@ -19,7 +19,7 @@ from avfusion.embedding.store import DTYPES, StoreError
 from avfusion.media.clip import ClipError
 from avfusion.media.reader import read_clip
 from avfusion.media.transforms import LogMel, image_transform
-from avfusion.models.checkpoint import save_encoder
+from avfusion.models.checkpoint import load_encoder, save_encoder
 from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
 from avfusion.viz.plots import plot_clip
 
@@ -150,27 +150,44 @@ def test_nothing_to_save_is_an_error(clips, tmp_path):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_command_writes_features_and_reports_failures(clips, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Of a model whose windows are as short as the clips."""
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_encoder(small_model(), path)
+    return ["--checkpoint", str(path)]
+
+
+def test_without_a_checkpoint_it_is_the_one_in_the_package(clips, tmp_path, capsys):
+    out = tmp_path / "f.safetensors"
+    assert main(["embed", clips["good"][0], "--out", str(out), "--dtype", "fp32"]) == 0
+    assert "synth-small has seen synthetic clips alone" in capsys.readouterr().err
+    expected = embed_clips(load_encoder("synth-small"), clips["good"][:1])
+    torch.testing.assert_close(Features.load(out).pooled, expected.pooled, rtol=1e-4, atol=1e-5)
+    assert Features.load(out).checkpoint == "synth-small"
+
+
+def test_command_writes_features_and_reports_failures(clips, small, tmp_path, capsys):
     out = tmp_path / "new" / "f.safetensors"
-    line = ["embed", *clips["good"], clips["silent"], clips["missing"], "--out", str(out), "--device", "cpu"]
+    line = ["embed", *clips["good"], clips["silent"], clips["missing"], "--out", str(out), "--device", "cpu", *small]
     status = main([*line, "--tokens"])
     stdout, stderr = capsys.readouterr()
     assert status == 3
     assert Features.load(out).clips == clips["good"]
-    assert "x_fusion [4, 16, 128]" in stdout
-    assert "synth-small has seen synthetic clips alone" in stderr
+    assert "x_fusion [4, 4, 32]" in stdout
+    assert "NOTE" not in stderr
     assert "2 of 6 clips failed:" in stderr
     assert f"{clips['silent']}: audio stream: no audio stream" in stderr
     assert f"{clips['missing']}: no such file" in stderr
 
 
-def test_command_searches_directories_and_takes_each_clip_once(clips, tmp_path, capsys):
+def test_command_searches_directories_and_takes_each_clip_once(clips, small, tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     first = str(shutil.copy(clips["good"][0], tmp_path / "deep" / "er" / "A.MP4"))
     second = str(shutil.copy(clips["good"][1], tmp_path / "deep"))
     (tmp_path / "deep" / "notes.txt").write_text("not a clip")
     out = tmp_path / "f.safetensors"
-    assert main(["embed", str(tmp_path / "deep"), second, "--out", str(out), "--workers", "1"]) == 0
+    assert main(["embed", str(tmp_path / "deep"), second, "--out", str(out), "--workers", "1", *small]) == 0
     assert sorted(Features.load(out).clips) == sorted([first, second])
 
 
@@ -189,8 +206,8 @@ def test_command_draws_each_clip_without_overwriting(clips, tmp_path, fusion, su
         assert len(picture.convert("L").resize((64, 32)).getcolors(2048)) > 20  # not a blank sheet
 
 
-def test_command_writes_nothing_when_every_clip_fails(clips, tmp_path, capsys):
-    assert main(["embed", clips["silent"], "--out", str(tmp_path / "f.safetensors"), "--plot"]) == 1
+def test_command_writes_nothing_when_every_clip_fails(clips, small, tmp_path, capsys):
+    assert main(["embed", clips["silent"], *small, "--out", str(tmp_path / "f.safetensors"), "--plot"]) == 1
     assert "no clip could be read" in capsys.readouterr().err
     assert not [name for name in os.listdir(tmp_path) if name != "f_plots"]
 
@@ -249,8 +266,6 @@ def run(*arguments, cwd):
 
 # A process of its own, which starts torch.
 def test_program_embeds_with_a_checkpoint(clips, tmp_path):
-    from avfusion.models.checkpoint import save_encoder
-
     model = small_model()
     save_encoder(model, tmp_path / "weights.safetensors")
     result = run(
@@ -258,7 +273,7 @@ def test_program_embeds_with_a_checkpoint(clips, tmp_path):
         "f.safetensors", "--dtype", "fp32", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "RANDOM" not in result.stderr
+    assert "NOTE" not in result.stderr
     features = Features.load(tmp_path / "f.safetensors")
     assert features.checkpoint == "weights.safetensors"
     torch.testing.assert_close(features.pooled, embed_clips(model, clips["good"]).pooled, rtol=1e-4, atol=1e-5)
@@ -266,9 +281,9 @@ def test_program_embeds_with_a_checkpoint(clips, tmp_path):
 
 @pytest.mark.parametrize(("suffix", "dtype"), [("safetensors", "bf16"), ("safetensors", "fp16"), ("parquet", "fp16"),
                                                ("npy", "fp16")])  # fmt: skip
-def test_one_file_is_put_together_from_what_the_folder_would_hold(clips, tmp_path, suffix, dtype):
+def test_one_file_is_put_together_from_what_the_folder_would_hold(clips, small, tmp_path, suffix, dtype):
     out = tmp_path / f"f.{suffix}"
-    line = ["embed", *clips["good"], "--windows", "2", "--store-dtype", dtype, "--shard-rows", "1"]
+    line = ["embed", *clips["good"], "--windows", "2", "--store-dtype", dtype, "--shard-rows", "1", *small]
     assert main([*line, "--out", str(out)]) == 0
     assert main([*line, "--out", str(tmp_path / "whole.safetensors"), "--store-dtype", "fp32"]) == 0
     whole = Features.load(tmp_path / "whole.safetensors")
