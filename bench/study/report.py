@@ -16,7 +16,7 @@ from bench.study.cell import Cell
 from bench.study.grid import CHANCE, DENSE, FACTORIZED, MEASURES, NONE, PRODUCT, QUESTIONS, TOKEN, UNIMODAL, Question
 
 Scores = dict[Cell, dict[str, float]]
-FEATURES = ("image", "audio", "fusion", "image+audio", "all", "fusion, all tokens", "fusion, maximum")
+FEATURES = ("image", "audio", "image+audio", "all", "fusion", "fusion, scaled", "fusion, maximum", "fusion, all tokens")
 LABELS = {"class": "class", "look": "look (picture)", "timbre": "timbre (sound)", "pair": "pair (both)",
           "conjunction": "conjunction (both)"}  # fmt: skip
 PLOTTED = ("probe class image", "finetune class mean", "finetune conjunction mean", "kernel conjunction fusion",
@@ -58,6 +58,11 @@ def clear(values: Sequence[float]) -> bool:
     return bool(abs(mean) > half)
 
 
+def marked(found: Sequence[float]) -> str:
+    """A difference; bold where it is clear."""
+    return f"**{shown(found, sign=True)}**" if clear(found) else shown(found, sign=True)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -73,8 +78,7 @@ def answer(scores: Scores, question: Question) -> str:
         for cell in question.cells.values():
             text = shown(of_seeds(scores, cell, measure).values())
             if cell != first and (found := difference(scores, cell, first, measure)):
-                change = shown(found, sign=True)
-                text += f"<br>{f'**{change}**' if clear(found) else change}"
+                text += f"<br>{marked(found)}"
             row.append(text)
         rows.append(row)
     return table(["", *question.cells], rows)
@@ -90,12 +94,19 @@ def baselines(scores: Scores) -> str:
 
 
 def neighbours(scores: Scores, cell: Cell) -> str:
+    """By each of `FEATURES`; and how far neighbours by fusion tokens are ahead, paired by seed."""
     rows = []
     for name in FEATURES:
-        for way in ("", ", scaled"):
-            found = [shown(of_seeds(scores, cell, f"neighbour {label} {name}{way}").values()) for label in LABELS]
-            rows.append([name + way, *found])
-    return table(["nearest neighbour by", *LABELS.values()], rows)
+        found = [shown(of_seeds(scores, cell, f"neighbour {label} {name}").values()) for label in LABELS]
+        rows.append([name, *found])
+    for other in ("image", "audio", "image+audio"):
+        row = [f"fusion − {other}"]
+        for label in LABELS:
+            ours, theirs = (of_seeds(scores, cell, f"neighbour {label} {name}") for name in ("fusion", other))
+            row.append(marked([ours[seed] - theirs[seed] for seed in ours]))
+        rows.append(row)
+    seeds = len(of_seeds(scores, cell, "probe class all"))
+    return table([f"neighbours by ({seeds} seeds)", *LABELS.values()], rows)
 
 
 def losses(scores: Scores) -> str:
@@ -109,9 +120,7 @@ def losses(scores: Scores) -> str:
             found = [10 * x for x in difference(scores, cell, NONE, measure)]  # `shown` is in hundredths
             values = of_seeds(scores, cell, measure).values()
             row.append(f"{np.mean(list(values)):.3f}" if values else "–")
-            row.append(
-                "" if cell == NONE else f"**{shown(found, sign=True)}**" if clear(found) else shown(found, sign=True)
-            )
+            row.append("" if cell == NONE else marked(found))
         rows.append(row)
     return table(["", "image", "difference / 1000", "audio", "difference / 1000"], rows)
 
