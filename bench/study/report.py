@@ -135,15 +135,35 @@ def negative(scores: Scores) -> str:
     return table(["fusion", "sound", "AUC", "hits", "false alarms", "false area"], rows)
 
 
+def contrasts(scores: Scores) -> str:
+    """Differences that docs/science.md names and no other table has; losses in thousandths."""
+    late, mid = Cell(layers="3"), Cell(layers="2-3")
+    rows = []
+    for what, ours, theirs, measure in (
+        ("mid − late", mid, late, "finetune conjunction mean"), ("early − mid", DENSE, mid, "finetune conjunction mean"),
+        ("products − dense", PRODUCT, DENSE, "finetune conjunction mean"),
+        ("factorized − dense", FACTORIZED, DENSE, "probe class image"),
+        ("factorized − token", FACTORIZED, TOKEN, "loss audio"), ("dense − token", DENSE, TOKEN, "loss audio"),
+        ("3 − 10 epochs", Cell(epochs=3), DENSE, "neighbour class fusion"),
+        ("40 − 10 epochs", Cell(epochs=40), DENSE, "neighbour class fusion"),
+        ("40 − 10 epochs", Cell(epochs=40), DENSE, "neighbour look fusion"),
+    ):  # fmt: skip
+        found = difference(scores, ours, theirs, measure)
+        scale = 10 if measure.startswith("loss") else 1  # `shown` is in hundredths
+        rows.append([MEASURES.get(measure, measure), what, str(len(found)), marked([scale * x for x in found])])
+    return table(["measure", "", "seeds", "difference"], rows)
+
+
 def draw(scores: Scores, path: Path) -> None:
-    """A row of panels a question; a dot a cell, its interval, chance as a line."""
+    """A row of panels a question, a column a measure; a dot a cell, its interval, seeds as strokes, chance dotted."""
     questions = [question for question in QUESTIONS.values() if question.measures is MEASURES]
-    figure = Figure(figsize=(2.6 * len(PLOTTED) + 3.5, 1.3 * len(questions)))
-    figure.subplots_adjust(left=0.3, right=0.99, top=0.96, bottom=0.02, hspace=0.35, wspace=0.08)
-    grid = figure.subplots(len(questions), len(PLOTTED), squeeze=False)
-    for axes, question in zip(grid, questions, strict=True):
+    figure = Figure(figsize=(2.6 * len(PLOTTED) + 2.2, 1.3 * len(questions) + 0.6))
+    figure.subplots_adjust(left=0.17, right=0.99, top=0.94, bottom=0.03, hspace=0.5, wspace=0.06)
+    grid = figure.subplots(len(questions), len(PLOTTED), squeeze=False, sharex="col")
+    for row, (axes, question) in enumerate(zip(grid, questions, strict=True)):
         names = list(question.cells)
-        for ax, (measure, title) in zip(axes, ((m, MEASURES[m]) for m in PLOTTED), strict=True):
+        axes[0].set_title(question.title, fontsize=9, color=INK, loc="left", fontweight="bold")
+        for ax, measure in zip(axes, PLOTTED, strict=True):
             for at, cell in enumerate(question.cells.values()):
                 values = list(of_seeds(scores, cell, measure).values())
                 if values:
@@ -152,22 +172,16 @@ def draw(scores: Scores, path: Path) -> None:
                                 color=COLOURS["ours"])  # fmt: skip
                     ax.plot([100 * v for v in values], [at] * len(values), "|", color=INK, alpha=0.35, markersize=5)
             ax.axvline(float(CHANCE[measure].rstrip(" %")), color=INK, linestyle=":", linewidth=0.8)
-            ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names), fontsize=7)
+            ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names), fontsize=8)
             ax.set_ylim(len(names) - 0.5, -0.5)
-            ax.tick_params(axis="x", labelsize=7)
+            ax.tick_params(axis="x", labelsize=8)
             ax.grid(color=GRID, axis="x")
-            if axes is grid[0]:
-                ax.set_title(title.replace(", ", ",\n"), fontsize=8, color=INK)
-        axes[0].set_ylabel(
-            question.title.replace(" (", "\n("),
-            fontsize=7,
-            color=INK,
-            rotation=0,
-            ha="right",
-            va="center",
-            labelpad=120,
-        )
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+            if not row:
+                place = ax.get_position()
+                figure.text(
+                    place.x0, 0.975, MEASURES[measure].replace(", ", ",\n") + ", %", fontsize=9, color=INK, va="center"
+                )
+    figure.savefig(path, dpi=100, facecolor="white", metadata={"Software": None})
 
 
 def tables(rows: Sequence[dict]) -> dict[str, tuple[str, str]]:
@@ -179,7 +193,8 @@ def tables(rows: Sequence[dict]) -> dict[str, tuple[str, str]]:
     for name, cell in {"dense": DENSE, "dense, 40 epochs": Cell(epochs=40), "factorized": FACTORIZED, "token": TOKEN,
                        "no fusion": NONE}.items():  # fmt: skip
         found[f"neighbours {name}"] = f"Neighbours (Fig. 3): {name}", neighbours(scores, cell)
-    return found | {"negative": ("Sounds of nothing that is seen", negative(scores))}
+    found["negative"] = "Sounds of nothing that is seen", negative(scores)
+    return found | {"contrasts": ("Other differences", contrasts(scores))}
 
 
 def filled(page: str, found: dict[str, tuple[str, str]]) -> str:
