@@ -140,7 +140,8 @@ def contrasts(scores: Scores) -> str:
     late, mid = Cell(layers="3"), Cell(layers="2-3")
     rows = []
     for what, ours, theirs, measure in (
-        ("mid − late", mid, late, "finetune conjunction mean"), ("early − mid", DENSE, mid, "finetune conjunction mean"),
+        ("mid − late", mid, late, "finetune conjunction mean"),
+        ("early − mid", DENSE, mid, "finetune conjunction mean"),
         ("products − dense", PRODUCT, DENSE, "finetune conjunction mean"),
         ("factorized − dense", FACTORIZED, DENSE, "probe class image"),
         ("factorized − token", FACTORIZED, TOKEN, "loss audio"), ("dense − token", DENSE, TOKEN, "loss audio"),
