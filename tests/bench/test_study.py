@@ -189,8 +189,9 @@ def test_report_pairs_by_seed(tmp_path):
         report([], tmp_path / "none")
 
 
-def test_the_page_has_the_tables_of_the_rows():
-    """docs/science.md: what `python -m bench.study --report` would write there is what stands there."""
-    page = PAGE.read_text(encoding="utf-8")
-    assert page == filled(page, tables(rows_of(RESULTS / "study.jsonl")))
+def test_the_page_has_the_tables_of_the_rows(tmp_path):
+    """docs/science.md and study.md: what `python -m bench.study --report` would write is what stands there."""
+    page, rows = PAGE.read_text(encoding="utf-8"), rows_of(RESULTS / "study.jsonl")
+    assert page == filled(page, tables(rows))
     assert page.count("<!-- study: ") >= 10
+    assert report(rows, tmp_path / "study")[0].read_text() == (RESULTS / "study.md").read_text()
