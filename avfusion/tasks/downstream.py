@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from avfusion.common import setting, write_json
 from avfusion.data.samples import Source
+from avfusion.data.tags import read_tags
 from avfusion.media.clip import Clip
 from avfusion.media.transforms import whole_frame
 from avfusion.models.checkpoint import CheckpointError, load_encoder
@@ -196,7 +197,8 @@ def evaluate_run(
     Writes to `out`: summary.json, samples.csv (a row a clip) and best.png and worst.png by score. Returns the summary.
     """
     task, model = load_run(run, expected)
-    task.config, task.thorough, task.views, task.tags = task.config.but(**changes), True, views, tags
+    task.config, task.thorough, task.views = task.config.but(**changes), True, views
+    task.tags = read_tags(tags) if tags else None
     model.to(device).encoder.compiled = task.config.run.compile
     source = task.open_evaluation()
     batch = min(task.config.optim.batch_size, max(len(source.rows), 1))

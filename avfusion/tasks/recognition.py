@@ -15,7 +15,7 @@ from avfusion.common import setting
 from avfusion.data.loader import Batch, ClipLoader, multi_label
 from avfusion.data.sampler import random_seed
 from avfusion.data.samples import Selection, Source, Tensors, Views
-from avfusion.data.tags import read_tags, tag_matrix
+from avfusion.data.tags import Tags, tag_matrix
 from avfusion.media.clip import Clip
 from avfusion.metrics.recognition import multilabel_scores, top_k_accuracy
 from avfusion.metrics.tagging import SUBSETS, modality_confusion, tagging_scores
@@ -70,7 +70,7 @@ class Recognition(Downstream):
     measures = "top-1 and top-5 accuracy; for several labels a clip mAP, AUC and d-prime; of each modality too"
     freeze_encoder: bool
     views = 0  # windows spread over 10 s of a clip, whose logits an evaluation averages beside the middle one's
-    tags = ""  # where `read_tags` finds what is heard and what is seen, for an evaluation
+    tags: Tags | None = None  # what is heard and what is seen, for an evaluation
 
     def build(self, *, weights: bool = False) -> Classifier:
         return Classifier(self.build_encoder(weights=weights), len(self.classes), freeze_encoder=self.freeze_encoder)
@@ -113,7 +113,7 @@ class Recognition(Downstream):
             index, logits, target = self.logits(model, spread, dtype)
             found = self.scores(logits, target, single)
             summary |= {f"{score} ({self.views} views)": value for score, value in found.items()}
-        if self.tags:
+        if self.tags is not None:
             summary |= self.tagging(model, source, loader.sampler.batch_size, dtype)
         chance = logits.mean(1).softmax(1) if single else logits.mean(1).sigmoid()
         score = (chance * target).sum(1) / target.sum(1).clamp(min=1)
@@ -149,6 +149,19 @@ class Recognition(Downstream):
             found |= {f"{score} {name}": of_one[score] for score in each}
         return found
 
+    def tagged(self, source: Source) -> Selection:
+        """The clips that have tags. Raises ValueError where none has."""
+        chosen = [i for i, row in enumerate(source.rows) if row.id in self.tags]
+        if not chosen:
+            raise ValueError(f"--tags: none of its {len(self.tags)} clips is among the {len(source.rows)} evaluated")
+        return Selection(source, chosen)
+
+    def open_evaluation(self) -> Selection:
+        chosen = super().open_evaluation()
+        if self.tags is not None:  # told before the long work
+            tag_matrix(self.tags, self.tagged(chosen).rows, self.classes, SUBSETS["all"])
+        return chosen
+
     @torch.no_grad()
     def tagging(self, model: Classifier, source: Source, batch_size: int, dtype: torch.dtype) -> dict[str, float]:
         """`tagging_scores` and `modality_confusion` of the clips that have tags, as VGGSounder measures.
@@ -156,11 +169,8 @@ class Recognition(Downstream):
         "both" is told all, "audio" the sound and a picture that is the mean of ImageNet's, "image" the picture and
         silence; each is scored against the labels that it can know, AV, A and V.
         """
-        tags, given, device = read_tags(self.tags), ("both", "audio", "image"), device_of(model)
-        source = Selection(source, [i for i, row in enumerate(source.rows) if row.id in tags])
-        if not source.rows:
-            raise ValueError(f"{self.tags}: none of its {len(tags)} clips is among those that are evaluated")
-        truth = {name: tag_matrix(tags, source.rows, self.classes, marks) for name, marks in SUBSETS.items()}
+        given, device, source = ("both", "audio", "image"), device_of(model), self.tagged(source)
+        truth = {name: tag_matrix(self.tags, source.rows, self.classes, marks) for name, marks in SUBSETS.items()}
         found = []
         for batch in self.loader(source, batch_size, train=False):
             image, audio = self.inputs(batch, device)
@@ -169,7 +179,8 @@ class Recognition(Downstream):
             with autocast(device, dtype):
                 logits = torch.stack([model(*pair, average=True) for pair in inputs], dim=1)
             found.append((batch.index, logits.float()))
-        _, logits = gathered(found)
+        index, logits = gathered(found)
+        truth = {name: labels[index] for name, labels in truth.items()}  # clips that fail are left out
         scores, summary = dict(zip(given, logits.unbind(1), strict=True)), {"tagged clips": len(logits)}
         for name, subset in zip(given, ("AV", "A", "V"), strict=True):
             told = truth[subset].sum(1) > 0

@@ -17,12 +17,13 @@ import torch
 from avfusion import DeepAVFusion, EncoderConfig, save_encoder
 from avfusion.cli import main
 from avfusion.data import pack, read
+from avfusion.data.tags import COLUMNS
 from avfusion.media.reader import read_clip
 from avfusion.models.heads.contrast import Contrast, info_nce, similarity
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks import DOWNSTREAM, task_class
-from avfusion.tasks.downstream import load_run, predict
+from avfusion.tasks.downstream import evaluate_run, load_run, predict
 from avfusion.tasks.localization import Localize
 from avfusion.tasks.recognition import Finetune, Probe
 from avfusion.tasks.retrieval import Retrieve
@@ -147,6 +148,23 @@ def test_a_task_trains_evaluates_and_predicts(name, trained, clips, tmp_path, ca
     assert json.loads((tmp_path / "said" / f"{clip.stem}.json").read_text())["clip"] == str(clip)
     seen = {path.suffix for path in (tmp_path / "said").iterdir()}
     assert seen >= {"localize": {".png"}, "segment": {".png"}, "separate": {".wav"}}.get(name, {".json"})
+
+
+def test_a_clip_that_fails_keeps_no_other_clips_tags(trained, clips, tmp_path, monkeypatch):
+    """Its row is left out of the labels as of the scores; and tags that cannot be meant are told first."""
+    root, tags = shutil.copytree(clips("vggsound"), tmp_path / "set"), "annotations/vggsounder.csv"
+    first = read("vggsound", root, split="test").rows[0]
+    first.path.write_bytes(b"no video")
+    monkeypatch.setattr("avfusion.data.loader.check_failures", lambda *_: None)  # one of three is too many
+    run, where = trained("finetune"), {"device": torch.device("cpu"), "eval_data": str(root)}
+    found = evaluate_run(run, "finetune", tmp_path / "out", tags=str(root / tags), **where)
+    assert found["tagged clips"] == len(read("vggsound", root, split="test").rows) - 1
+    (root / tags).write_text("\n".join([COLUMNS, f"{first.id},no class,AV,False,False,False"]))
+    with pytest.raises(ValueError, match="the tag 'no class' is none of the 2 classes"):
+        evaluate_run(run, "finetune", tmp_path / "out", tags=str(root / tags), **where)
+    (root / tags).write_text(f"{COLUMNS}\n")
+    with pytest.raises(ValueError, match="--tags: none of its 0 clips"):
+        evaluate_run(run, "finetune", tmp_path / "out", tags=str(root / tags), **where)
 
 
 def test_a_run_that_is_loaded_again_is_the_one_that_was_trained(trained, tmp_path):
