@@ -27,7 +27,7 @@ class Features:
     frame_times: list[float]
     failed: list[ClipError] = field(default_factory=list)  # files that could not be read, or not to their ends
     config: dict = field(default_factory=dict)  # of the model
-    checkpoint: str | None = None  # None: the weights are random
+    checkpoint: str | None = None  # as it was given to `avfusion embed`; None: not told
     weights: str | None = None  # the `fingerprint` of the model; None: not known
     x_image: Tensor | None = None  # [N, image patches, D]; None: means alone were kept
     x_audio: Tensor | None = None  # [N, audio patches, D]

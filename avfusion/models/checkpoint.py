@@ -151,7 +151,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, out of whatever they are wrapped in, and the file's metadata."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        named = "" if path.suffix else f", and none of the encoders in the package: {', '.join(PACKAGED)}"
+        raise CheckpointError(f"{path}: no such file{named}")
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="pt") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -124,18 +124,16 @@ def joined(world: dict[tuple[str, str], Moments], split: str, kinds: Iterable[st
     return Moments(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def train(model: nn.Module, losses, size: int, epochs: int, rate: float, seed: int) -> float:
-    """Steps of AdamW, warmed up and then falling by a cosine; returns the mean loss of the last epoch."""
+def train(model: nn.Module, losses: Callable[[Tensor], Tensor], size: int, epochs: int, rate: float, seed: int) -> None:
+    """Steps of AdamW, whose rate is warmed up and then falls by a cosine; `losses` is of the rows of a step."""
     optimizer = adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
-    steps, seen = size // BATCH * epochs, []
+    steps = size // BATCH * epochs
     for step, rows in enumerate(batches(size, epochs, seed)):
         set_rate(optimizer, rate, step, steps, steps // 10)
         loss = losses(rows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(loss.detach())
-    return torch.stack(seen[-(size // BATCH) :]).mean().item()
 
 
 def pretrain(cell: Cell, encoder: DeepAVFusion, world: dict[tuple[str, str], Moments]) -> dict[str, float]:
@@ -258,7 +256,8 @@ def finetune(cell: Cell, encoder: DeepAVFusion, world: dict[tuple[str, str], Mom
             loss = loss + F.cross_entropy(logits[chosen, low:high], pool.label[rows][chosen].long(), reduction="sum")
         return loss / len(rows)
 
-    found = {"finetune loss": train(model, losses, len(pool.label), FINETUNE_EPOCHS, RATES["finetune"], cell.seed)}
+    train(model, losses, len(pool.label), FINETUNE_EPOCHS, RATES["finetune"], cell.seed)
+    found = {}
     model.eval()
     for kind, (low, high) in own.items():
         moments = world[kind, "test"]
