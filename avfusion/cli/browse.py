@@ -22,10 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from avfusion.data import read
-    from avfusion.viz.page import table_cards, write_page
+    from avfusion.viz.page import UNREADABLE, table_cards, write_page
 
     check_folder(args.parser, "--out", args.out.parent)
     table = read(args.layout, args.root, args.split)
-    shown = write_page(args.out, table_cards(table, args.clips), title=f"{args.root.name}: {table.layout}")
+    shown = write_page(
+        args.out,
+        table_cards(table, args.clips),
+        title=f"{args.root.name}: {table.layout}",
+        lead=f"{min(args.clips, len(table))} of {len(table)} clips, spread over the list; more by --clips N.",
+        empty=UNREADABLE,
+    )
     print(f"{args.out}: {shown} clips of {table}")
     return 0

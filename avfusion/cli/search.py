@@ -71,7 +71,14 @@ def run(args: argparse.Namespace) -> int:
     hits, name = collection.nearest(found, args.top, by), args.clip or args.sound or args.image
     for rank, hit in enumerate(hits, 1):
         print(f"{rank:3}  {hit.similarity:.3f}  {hit.start:9.2f} s - {hit.end:9.2f} s  {hit.file}")
-    write_page(args.out, [query_card(query, name), *map(hit_card, hits)], title=f"{name.name} by {by}")
+    write_page(
+        args.out,
+        [query_card(query, name), *map(hit_card, hits)],
+        title=f"{name.name} by {by}",
+        lead=f"The {len(hits)} windows of {args.features} whose {by} features are most like it."
+        if hits else f"{args.features} holds no other window: embed more clips into it by `avfusion embed`.",
+        empty="",
+    )  # fmt: skip
     print(f"{args.out}: {len(hits)} windows most like {name}, by {by}")
     return 0
 

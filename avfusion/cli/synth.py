@@ -70,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.out}: {settings.clips} clips ({made} made now), {settings.layout}, {settings.task}")
     if args.preview:
         from avfusion.data import read
-        from avfusion.viz.page import table_cards, write_page
+        from avfusion.viz.page import UNREADABLE, table_cards, write_page
 
         title = f"{args.out.name}: {settings.layout}, {settings.task}, seed {settings.seed}"
-        write_page(args.out / "preview.html", table_cards(read(settings.layout, args.out), PREVIEW_CLIPS), title=title)
+        cards = table_cards(read(settings.layout, args.out), PREVIEW_CLIPS)
+        write_page(args.out / "preview.html", cards, title=title, empty=UNREADABLE)
         print(f"{args.out / 'preview.html'}: a look at it")
     return 0

@@ -52,8 +52,8 @@ PRESETS = {
              "batch_size": 32, "blr": 8e-3, "warmup_epochs": 2.0, "eval_epochs": 4},
     "synth-small": {"data": "data/synth-small", "synth_clips": 4000, "workers": 2, "dim": 128, "depth": 4,
                     "num_heads": 4, "image_size": (96, 96), "fusion": "dense", "decoder_dim": 64, "decoder_depth": 2,
-                    "decoder_num_heads": 4, "epochs": 10, "batch_size": 32, "blr": 8e-3, "warmup_epochs": 1.0,
-                    "eval_epochs": 5},
+                    "decoder_num_heads": 4, "epochs": 40, "batch_size": 32, "blr": 8e-3, "warmup_epochs": 2.0,
+                    "eval_epochs": 10},
 }  # fmt: skip
 
 

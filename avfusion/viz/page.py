@@ -1,12 +1,15 @@
 """A look at a data set: one self-contained HTML page with frames, masks, boxes, spectrograms and players.
 
     table = avfusion.data.read("vggsound", "/data/vggsound")
-    write_page("page.html", table_cards(table, 12), title="VGGSound")
+    write_page("page.html", table_cards(table, 12), title="VGGSound", empty=UNREADABLE)
 
-A page is a list of `Card`s, one a clip. Those of sets made by `avfusion synth` show their ground truth.
+A page is a list of `Card`s, one a clip. Those of sets made by `avfusion synth` show their ground truth. Pages work from
+360 pixels to 4K, in light and dark, by keyboard and screen reader; a Content-Security-Policy lets them run page.js
+alone, and load nothing.
 """
 
 import base64
+import hashlib
 import html
 import io
 import json
@@ -30,7 +33,24 @@ from avfusion.media.transforms import LogMel
 
 RATE = 16000  # Hz, of every sound on the page
 SIDE, FRAMES = 256, 32  # at most so many pixels and frames of a clip go into the page
+UNREADABLE = (
+    "No clip of this data set could be read. What is wrong with which file is in the messages of the command; a file "
+    "that FFmpeg cannot read was often cut off while it was fetched: fetch it again."
+)
 COLOURS = ("#e6550d", "#3182bd", "#31a354", "#a05dbf", "#c51b8a", "#8c6d31")
+HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:; \
+style-src '{style_hash}'; script-src '{script_hash}'; base-uri 'none'; form-action 'none'">
+<style>{style}</style></head><body><header><h1>{title}</h1><p class="lead">{lead}</p></header>
+<main>{body}<div class="tools" role="group" aria-label="What is shown">
+<label hidden><input type="checkbox" id="masks" checked>masks</label>
+<label hidden><input type="checkbox" id="boxes" checked>boxes</label>
+<span hidden id="play">Play a sound and the frames follow it; click a spectrogram to go there.</span></div>
+<div class="cards"></div>
+<noscript><p class="empty">The clips are drawn by a script in this page: allow it to see them.</p></noscript>
+"""
 
 
 @dataclass(frozen=True)
@@ -54,24 +74,39 @@ class Card:
     waveform: np.ndarray  # [samples] float32 at 16 kHz, full scale 1
     things: tuple[Thing, ...] = ()
     masks: np.ndarray | None = None  # [T, H', W'] uint8: 0 where nothing is
+    group: str = ""  # the heading that it is under, with the cards beside it
 
 
-def write_page(path: str | os.PathLike, cards: Iterable[Card], *, title: str) -> int:
+def write_page(
+    path: str | os.PathLike, cards: Iterable[Card], *, title: str, empty: str, lead: str = "", body: str = ""
+) -> int:
     """Write an HTML file that needs no other file and no network; returns how many cards it has.
 
     Cards are taken one by one and not all held at once. The file appears when it is complete.
+
+    Args:
+        empty: what the page says, and what to do, where there is no card.
+        lead: a sentence under the title.
+        body: HTML before the cards; it may have `figure`s and `table`s, and no style of its own.
     """
-    template, count = Path(__file__).with_name("page.html").read_text(encoding="utf-8"), 0
-    head, foot = template.replace("TITLE", html.escape(title)).split("<!-- cards -->\n")
-    with writing(path) as part, open(part, "w", encoding="utf-8") as file:
-        file.write(head)
+    style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    count = 0
+    with writing(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:  # what is hashed
+        file.write(HEAD.format(title=html.escape(title), lead=html.escape(lead), body=body, style=style,
+                               style_hash=_hash(style), script_hash=_hash(script)))  # fmt: skip
         for card in cards:
             # "<" in a label must not end the script element.
             data = json.dumps(_data(card)).replace("<", "\\u003c")
             file.write(f'<script type="application/json" class="card">{data}</script>\n')
             count += 1
-        file.write(foot)
+        if not count:
+            file.write(f'<p class="empty">{html.escape(empty)}</p>')
+        file.write(f"</main><script>{script}</script></body></html>\n")
     return count
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def table_cards(table: Table, count: int) -> Iterator[Card]:
@@ -137,12 +172,13 @@ def stacked(images: list[np.ndarray]) -> np.ndarray:
 def _data(card: Card) -> dict:
     frames, columns = _sheet(card.frames)
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(card.things))]
-    sounds = [{"name": "sound", "colour": "#222"} | _sound(card.waveform)]
+    sounds = [{"name": "sound", "colour": ""} | _sound(card.waveform)]
     for thing, colour in zip(card.things, colours, strict=True):
         if thing.waveform is not None:
             sounds.append({"name": thing.name, "colour": colour} | _sound(thing.waveform))
     return {
-        "title": card.title, "caption": card.caption, "times": [round(float(time), 3) for time in card.times],
+        "title": card.title, "caption": card.caption, "group": card.group,
+        "times": [round(float(time), 3) for time in card.times],
         "height": card.frames.shape[1], "width": card.frames.shape[2], "columns": columns,
         "frames": _picture(Image.fromarray(frames), "JPEG", quality=85),
         "masks": None if card.masks is None else _overlay(card, colours),

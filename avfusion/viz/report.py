@@ -21,6 +21,10 @@ from avfusion.viz.page import FRAMES, RATE, SIDE, Card, Thing, stacked, thumbnai
 
 HEAT = "inferno"
 SHOWN = {"localize": "where the sound comes from", "segment": "what sounds", "separate": "the sound of the picture"}
+ALONE = (
+    "The clip alone: no model was asked. Name runs, as in `avfusion report CLIP --finetune RUN --localize RUN`, and "
+    "the page shows what they make of it."
+)
 LONGEST = 600.0  # seconds of a clip that a page plays
 
 
@@ -45,7 +49,8 @@ class Reporter:
 
     def write(self, clip: Path, page: Path) -> int:
         """Write a clip's page; returns how many cards it has. Raises ClipError where the clip cannot be read."""
-        return write_page(page, self.cards(clip), title=clip.name)
+        lead = "" if self.asked or self.collection else ALONE
+        return write_page(page, self.cards(clip), title=clip.name, lead=lead, empty="")
 
     def cards(self, path: Path) -> Iterator[Card]:
         yield self._overview(path)

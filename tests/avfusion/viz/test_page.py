@@ -1,11 +1,10 @@
-"""The page with clips: what is embedded in it, and that a real browser shows it."""
+"""The page with clips: what is embedded in it, and that it is shown."""
 
 import base64
 import io
 import json
 import re
 import shutil
-import subprocess
 import wave
 
 import numpy as np
@@ -18,20 +17,6 @@ from avfusion.data import read
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.viz.page import COLOURS, Card, Thing, stacked, table_cards, write_page
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=5000",
-    "--window-size=1400,1000",
-)  # fmt: skip
-
-
-def browse(page, tmp_path, *flags):
-    if BROWSER is None:
-        pytest.skip("no browser: none of chromium, chromium-browser, google-chrome is installed")
-    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 def embedded(page):
@@ -64,7 +49,7 @@ def synthetic(tmp_path_factory):
 
 def test_page_holds_the_clips_and_their_truth(synthetic, tmp_path):
     cards = list(table_cards(read("audioset", synthetic), 3))
-    write_page(tmp_path / "page.html", cards, title="three")
+    write_page(tmp_path / "page.html", cards, title="three", empty="")
     found = embedded(tmp_path / "page.html")
     assert len(found) == 3
     for data, card in zip(found, cards, strict=True):
@@ -98,28 +83,23 @@ def test_page_holds_the_clips_and_their_truth(synthetic, tmp_path):
         assert decode(data["sounds"][1]["spectrogram"]).shape == (128, 128, 3)
 
 
-def test_a_browser_shows_every_clip_and_needs_nothing_else(synthetic, tmp_path):
-    page = tmp_path / "page.html"
-    write_page(page, table_cards(read("audioset", synthetic), 4), title="four")
-    dom = browse(page, tmp_path, "--dump-dom")
-    assert 'data-ready="4"' in dom
-    assert "data-error" not in dom
-    assert dom.count("<article>") == 4
-    assert dom.count("<canvas") == 4
-    sounds = sum(len(card["sounds"]) for card in embedded(page))
-    assert dom.count("<audio") == sounds
-    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', dom))
-    assert "://" not in page.read_text()
+def test_a_browser_shows_every_clip_and_needs_nothing_else(synthetic, tmp_path, visit):
+    path = tmp_path / "page.html"
+    write_page(path, table_cards(read("audioset", synthetic), 4), title="four", empty="")
+    page = visit(path)
+    assert page.locator("article").count() == page.locator("canvas").count() == 4
+    assert page.locator("audio").count() == sum(len(card["sounds"]) for card in embedded(path))
+    assert "://" not in path.read_text()
 
 
-def test_masks_and_boxes_are_painted(tmp_path):
+def test_masks_and_boxes_are_painted(tmp_path, visit):
     """A grey clip with one box: the screenshot has the box in its colour, and the mask mixed with grey inside."""
     masks = np.zeros((4, 64, 64), np.uint8)
     masks[:, 16:48, 16:48] = 1
     card = Card("one", "", np.full((4, 64, 64, 3), 128, np.uint8), np.arange(4) / 2, np.zeros(32000, np.float32),
                 (Thing("square", [[0.25, 0.25, 0.75, 0.75]] * 4, 1),), masks)  # fmt: skip
-    write_page(tmp_path / "page.html", [card], title="one")
-    browse(tmp_path / "page.html", tmp_path, f"--screenshot={tmp_path / 'shot.png'}")
+    write_page(tmp_path / "page.html", [card], title="one", empty="")
+    visit(tmp_path / "page.html").screenshot(path=tmp_path / "shot.png")
     shot = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
     colour = np.array(list(bytes.fromhex(COLOURS[0][1:])))
     line = np.abs(shot - colour).max(-1) < 8
@@ -129,16 +109,6 @@ def test_masks_and_boxes_are_painted(tmp_path):
     assert line.sum() > 4 * side / 2  # dashed and thin, on four sides
     assert inside.sum() == pytest.approx((side / 2) ** 2, rel=0.15)
     assert outside.sum() == pytest.approx(0.75 * side**2, rel=0.05)
-
-
-def test_text_cannot_break_out_of_the_page(tmp_path):
-    evil = "</script><img src=x onerror='document.title=1'><!--"
-    card = Card(evil, evil, np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1), np.zeros(0, np.float32), (Thing(evil),))
-    write_page(tmp_path / "page.html", [card], title=evil)
-    assert embedded(tmp_path / "page.html")[0]["caption"] == evil
-    dom = browse(tmp_path / "page.html", tmp_path, "--dump-dom")
-    assert 'data-ready="1"' in dom
-    assert "<img src=" not in dom
 
 
 def test_any_folder_of_videos_has_a_page(tmp_path):
@@ -154,7 +124,7 @@ def test_any_folder_of_videos_has_a_page(tmp_path):
     numbers = [number(Image.fromarray(frame)) for frame in card.frames]
     assert numbers == pytest.approx(card.times * 25, abs=0.03)
     assert len(card.waveform) == pytest.approx(64000, abs=2000)
-    write_page(tmp_path / "page.html", [card], title="any")
+    write_page(tmp_path / "page.html", [card], title="any", empty="")
     (data,) = embedded(tmp_path / "page.html")
     assert [sound["name"] for sound in data["sounds"]] == ["sound"]
     assert data["masks"] is None
@@ -217,7 +187,7 @@ def test_pictures_that_change_their_size_cost_no_page():
     assert stacked(images)[1].min() == 255
 
 
-def test_switches_that_do_nothing_are_not_shown(tmp_path):
+def test_switches_that_do_nothing_are_not_shown(tmp_path, visit):
     """Masks and boxes, and a hint to play, only where there are some."""
     plain = Card("plain", "", np.zeros((2, 8, 8, 3), np.uint8), np.arange(2) / 2, np.zeros(0, np.float32))
     thing = Thing("square", [[0.25, 0.25, 0.75, 0.75]] * 2, 1)
@@ -225,18 +195,5 @@ def test_switches_that_do_nothing_are_not_shown(tmp_path):
         "full", "", plain.frames, plain.times, np.zeros(16000, np.float32), (thing,), np.ones((2, 8, 8), np.uint8)
     )
     for card, hidden in ((plain, 3), (full, 0)):
-        write_page(tmp_path / "page.html", [card], title="any")
-        nav = re.search(r"<nav>.*?</nav>", browse(tmp_path / "page.html", tmp_path, "--dump-dom"), re.S)[0]
-        assert nav.count(" hidden") == hidden
-
-
-def test_a_page_fits_a_phone(synthetic, tmp_path):
-    page, phone = tmp_path / "page.html", tmp_path / "phone.html"
-    write_page(page, table_cards(read("audioset", synthetic), 2), title="two")
-    content = json.dumps(page.read_text()).replace("</", "<\\/")
-    phone.write_text(f"""<iframe width="360" height="640"></iframe><script>
-        const frame = document.querySelector('iframe');
-        frame.srcdoc = {content};
-        frame.onload = () => document.body.dataset.wide = frame.contentDocument.documentElement.scrollWidth;
-        </script>""")
-    assert int(re.search(r'data-wide="(\d+)"', browse(phone, tmp_path, "--dump-dom"))[1]) <= 360
+        write_page(tmp_path / "page.html", [card], title="any", empty="")
+        assert visit(tmp_path / "page.html").locator(".tools > [hidden]").count() == hidden
