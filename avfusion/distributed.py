@@ -1,5 +1,6 @@
 """This process among those of a run, which torchrun has started: torch.distributed, and nothing where there is one."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +35,12 @@ def start(device: str | torch.device | None = None, *, apart: bool = False) -> t
 
 
 def stop() -> None:
-    """Leaves them."""
+    """Leaves them. Nothing that knows the group, as a DistributedDataParallel does, may be alive any more.
+
+    Its threads would outlive this, and abort an interpreter that ends while they let go of tensors.
+    """
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # those are in cycles
         dist.destroy_process_group()
 
 

@@ -15,11 +15,13 @@ from avfusion.common import unknown
 from avfusion.tasks import DOWNSTREAM, TASKS
 
 COMMANDS = {
+    "demo": "see all of it at once, in under a minute",
     "embed": "turn video files into features",
     "search": "find the windows most like a clip, a sound or a picture",
     "synth": "make a data set with ground truth",
     "shard": "pack a data set for fast reading",
     "browse": "look at a data set",
+    "runs": "list training runs: how far each is, and what it has found",
     "report": "what trained models make of your clips, as pages",
     "export": "write an encoder as one file: safetensors, the authors', ONNX, torch.export",
 } | {name: does for name, (_, _, does) in TASKS.items()}

@@ -4,33 +4,34 @@ What is found goes where people look: JSON, CSV, pictures, sounds.
 """
 
 import json
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import safetensors
 import soundfile
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avfusion.common import setting, write_json
+from avfusion.common import setting, write_json, writing
 from avfusion.data.samples import Source
 from avfusion.data.tags import read_tags
 from avfusion.media.clip import Clip
 from avfusion.media.transforms import whole_frame
-from avfusion.models.checkpoint import CheckpointError, load_encoder
+from avfusion.models.checkpoint import PACKAGED, CheckpointError, load_encoder
 from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig
 from avfusion.tasks import DOWNSTREAM, task_class
 from avfusion.training.config import Checked, TrainConfig
 from avfusion.training.optim import layer_decay_groups
 from avfusion.training.run_folder import latest_checkpoint, write_csv
 from avfusion.training.task import Task, autocast, device_of
-from avfusion.viz.plots import plot_curve, plot_overlay
+from avfusion.viz.plots import plot_overlay
+from avfusion.viz.run_page import best_and_worst, show_run
 
-SHOWN = 4  # clips among the best, and among the worst
 # Presets: `paper` are those of the authors' released commands (what differs: docs/fidelity.md); `tiny` run on synthetic
 # clips in minutes.
 TRAINED = {"blr": 3e-4, "weight_decay": 0.05, "batch_size": 512, "betas": (0.9, 0.999)}
@@ -130,7 +131,7 @@ class Downstream(Task):
         transform = whole_frame(self.encoder_config.image_size) if whole else self.frame_transform
         return transform(clip.frame)[None].to(device), self.mel.to(device)(clip.waveform[None].to(device))
 
-    draw_curve = staticmethod(plot_curve)
+    show_run = staticmethod(show_run)
 
 
 def samples_of(source: Source, index: Tensor, scores: Iterable[float], **columns: Iterable) -> list[dict[str, Any]]:
@@ -158,24 +159,42 @@ def encoder_file(path: str) -> str:
 def load_run(run: Path, expected: str | None = None) -> tuple[Downstream, nn.Module]:
     """The task of a downstream run and its model, in evaluation mode, with the weights of the last checkpoint.
 
+    `run` is its folder, a file that `save_run` wrote, or the name of one in the package, such as synth-small-localize.
     Raises ValueError where there is none, or it is not of the task that is `expected`.
     """
-    last = latest_checkpoint(run)
+    run = run if run.exists() else PACKAGED.get(str(run), run)
+    last = run if run.is_file() else latest_checkpoint(run)
     if last is None:
         raise ValueError(f"{run}: no checkpoint of a run in this folder")
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    try:
+        with safe_open(last if run.is_file() else last / "model.safetensors", "pt") as file:
+            told = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{last}: not a safetensors file: {error}") from error
+    text = told.get("run", "{}") if run.is_file() else (run / "run.json").read_text(encoding="utf-8")
+    facts = json.loads(text)
     name = facts.get("task")
     if name not in DOWNSTREAM or expected not in (None, name):
         raise ValueError(f"{run}: a run of {name}, expected one of {expected or ', '.join(DOWNSTREAM)}")
-    cls = task_class(name)
-    with safe_open(last / "model.safetensors", "pt") as file:
-        encoder_config = EncoderConfig(**json.loads(file.metadata()["config"]))
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    cls, encoder_config = task_class(name), EncoderConfig(**json.loads(told["config"]))
     task = cls(cls.settings.of(**facts["settings"]), encoder_config, facts["data"].get("classes", ()))
     task.multi_label = facts["data"].get("multi_label", _layout(task.config) in ("audioset", "music"))
     model = task.build()
     model.load_state_dict(weights)
     return task, model.eval()
+
+
+def save_run(run: Path, path: Path) -> None:
+    """Write a downstream run as one file for `load_run`: the weights of the last checkpoint, in float16."""
+    task, model = load_run(run)
+    own = dict(model.named_parameters())  # statistics of batch norms stay whole
+    state = {key: (x.half() if key in own else x).contiguous() for key, x in model.state_dict().items()}
+    facts = {"task": task.name, "settings": task.config.flat(),
+             "data": {"classes": task.classes, "multi_label": task.multi_label}}  # fmt: skip
+    told = {"format": "pt", "config": json.dumps(asdict(task.encoder_config)), "run": json.dumps(facts)}
+    with writing(path) as part:
+        save_file(state, part, metadata=told)
 
 
 def _layout(config: DownstreamConfig) -> str:
@@ -209,11 +228,8 @@ def evaluate_run(
     write_json(out / "summary.json", facts | {"summary": result.summary}, indent=1)
     if result.samples:
         write_csv(out / "samples.csv", result.samples)
-        scored = [sample for sample in result.samples if math.isfinite(sample["score"])]  # a silent source has no SDR
-        ranked = [sample["row"] for sample in sorted(scored, key=lambda sample: -sample["score"])]
-        for name, rows in (("best", ranked[:SHOWN]), ("worst", ranked[::-1][:SHOWN])):
-            if rows:
-                task.draw(model, loader, rows, out / f"{name}.png")
+        for name, samples in best_and_worst(result.samples).items():
+            task.draw(model, loader, [sample["row"] for sample in samples], out / f"{name}.png")
     return result.summary
 
 

@@ -32,6 +32,9 @@ PRESETS = {
     "tiny": SMALL | {"data": "data/tiny-localize", "layout": "flickr-soundnet", "synth_clips": 1000,
                      "epochs": 10, "blr": 8e-3, "layer_decay": 1.0, "warmup_epochs": 1.0, "contrast_dim": 64,
                      "eval_epochs": 5},
+    "synth-small": SMALL | {"data": "data/synth-small-localize", "layout": "flickr-soundnet", "synth_clips": 3000,
+                            "synth_classes": 12, "epochs": 10, "blr": 8e-3, "layer_decay": 1.0, "warmup_epochs": 1.0,
+                            "contrast_dim": 64, "eval_epochs": 5},
 }  # fmt: skip
 
 

@@ -23,7 +23,8 @@ from avfusion.models.mae import AVMAE
 from avfusion.training.config import TrainConfig
 from avfusion.training.optim import adamw
 from avfusion.training.task import Result, Task
-from avfusion.viz.plots import plot_curve, plot_reconstructions
+from avfusion.viz.plots import plot_reconstructions
+from avfusion.viz.run_page import show_run
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Pretrain(Task):
         )
         plot_reconstructions(path, *model.reconstruct(image, audio, *noise))
 
-    draw_curve = staticmethod(plot_curve)
+    show_run = staticmethod(show_run)
 
 
 def _labelled(source: Source) -> bool:

@@ -53,6 +53,10 @@ PRESETS = {
     "tiny": SMALL | {"data": "data/tiny-separate", "layout": "vggsound-music", "eval_split": "pairs",
                      "synth_clips": 600, "epochs": 6, "batch_size": 4, "blr": 64e-3, "warmup_epochs": 1.0,
                      "layer_decay": 0.9, "crop_min": 0.8, "eval_epochs": 3, "eval_clips": 32},
+    "synth-small": SMALL | {"data": "data/synth-small-separate", "layout": "vggsound-music", "eval_split": "pairs",
+                            "synth_clips": 1000, "synth_classes": 12, "epochs": 8, "batch_size": 4, "blr": 64e-3,
+                            "warmup_epochs": 1.0, "layer_decay": 0.9, "crop_min": 0.8, "eval_epochs": 4,
+                            "eval_clips": 32},
 }  # fmt: skip
 
 

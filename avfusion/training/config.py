@@ -91,7 +91,7 @@ class RunSettings(Checked):
     keep: int = setting(2, "checkpoints that stay", least=1)
     eval_epochs: int = setting(10, "epochs from one evaluation to the next", least=1)
     log_steps: int = setting(20, "steps from one line of the log to the next", least=1)
-    tracker: str = setting("tensorboard", "where the log goes", choices=("tensorboard", "wandb", "none"))
+    tracker: str = setting("tensorboard", "where the log goes", choices=("tensorboard", "wandb", "trackio", "none"))
     max_bad_steps: int = setting(3, "so many steps in a row with a loss or gradient that is not finite end the run",
                                  least=1)  # fmt: skip
 

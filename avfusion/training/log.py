@@ -1,9 +1,18 @@
-"""What a run tells while it goes: TensorBoard or Weights & Biases, and the terminal."""
+"""What a run tells while it goes: the terminal, RUN/log.jsonl, and a tracker: TensorBoard, Weights & Biases, Trackio.
+
+A line of log.jsonl is a JSON object. Each part of a run begins with {"state": "running", "step", "total", "pid",
+"host", "time"} and ends with {"state": "finished", "stopped" or "failed", ...}; between them are lines of steps,
+{"step", "time", "left", "loss", ...}, `left` in seconds.
+"""
 
 import json
+import os
+import socket
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +25,7 @@ PEAK_TFLOPS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 
 
 
 class Log:
-    """Made in every process; the first one tells.
+    """Made in every process; the first one tells. To be entered; `state` is how the run ends, unless by an error.
 
     Args:
         out, config: of the run.
@@ -25,20 +34,27 @@ class Log:
     """
 
     def __init__(self, out: Path, config: TrainConfig, device: torch.device, *, step: int, total: int, flop: float):
-        main, self.config, self.flop = not distributed.rank(), config, flop
+        main, self.config, self.flop, self.state = not distributed.rank(), config, flop, "finished"
         self.peak = (config.run.peak_tflops or _peak(device, config.run.dtype)) * 1e12 * distributed.world_size()
         self.progress = Progress(total, "step", initial=step, show=main)
         self.restart(step)
-        self.tensorboard = self.wandb = None
+        self.path = out / "log.jsonl" if main else None
+        self._write(state="running", step=step, total=total, pid=os.getpid(), host=socket.gethostname())
+        self.tensorboard = self.tracker = None
         if main and config.run.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=step)
             self.tensorboard.add_text("settings", f"`{json.dumps(config.flat())}`", step)
-        elif main and config.run.tracker == "wandb":
-            import wandb
+        elif main and config.run.tracker != "none":  # the two take the same calls
+            self.tracker = import_module(config.run.tracker)
+            place = {"dir": str(out)} if config.run.tracker == "wandb" else {}
+            self.tracker.init(project="avfusion", name=out.name, config=config.flat(), **place)
 
-            self.wandb = wandb.init(project="avfusion", name=out.name, dir=str(out), config=config.flat())
+    def _write(self, **facts: Any) -> None:
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 1)} | facts) + "\n")
 
     def restart(self, step: int) -> None:
         """Speed is counted from here on."""
@@ -52,8 +68,10 @@ class Log:
         shown = {"loss": " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())}
         self.progress.update(step, **shown, **{name: f"{value:.3g}" for name, value in speed.items()})
         if step % self.config.run.log_steps == 0 or step == self.progress.total:
-            self.values(step, {f"loss/{name}": loss for name, loss in losses.items()}
-                        | {"gradient norm": norm, "lr": lr} | speed)  # fmt: skip
+            more = {"gradient norm": norm, "lr": lr} | speed
+            left = round((self.progress.total - step) / max(pace, 1e-9))
+            self._write(step=step, left=left, loss=losses, **more)
+            self.values(step, {f"loss/{name}": loss for name, loss in losses.items()} | more)
             self.restart(step)
 
     def values(self, step: int, values: dict[str, float]) -> None:
@@ -61,20 +79,25 @@ class Log:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        if self.tracker:
+            self.tracker.log(values, step=step)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
         self.progress.__exit__()
+        self._write(**{"state": "failed", "why": f"{kind.__name__}: {error}"} if kind else {"state": self.state})
         if self.tensorboard:
             self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish()
 
 
 def check_tracker(config: TrainConfig) -> None:
-    if config.run.tracker == "wandb" and find_spec("wandb") is None:
-        raise ValueError("tracker='wandb': it is not installed; pip install wandb, or use tensorboard")
+    name = config.run.tracker
+    if name in ("wandb", "trackio") and find_spec(name) is None:
+        raise ValueError(f"tracker={name!r}: it is not installed; pip install {name}, or use tensorboard")
 
 
 def _peak(device: torch.device, dtype: str) -> float:

@@ -129,7 +129,7 @@ def train(
     distributed.barrier()
     distributed.say(f"{out}: {task.name}, {total} steps of {optim.batch_size} clips on {ranks} x {device}, "
                     + (f"goes on after step {step} from {last}" if last else "from the beginning"))  # fmt: skip
-    curve = Curve.resume(out, step, task.draw_curve)
+    curve = Curve.resume(out, step)
     watched = task.loader(task.open_evaluation(), part, train=False) if config.data.eval_clips else None
     evaluation = Evaluation(task, model, watched, curve, steps, compiled=compiles and None, sharded=sharded)
     save = partial(save_checkpoint, out, model, optimizer, loader, device, run.keep)
@@ -141,43 +141,44 @@ def train(
     )  # fmt: skip
     found = Found(taking, out, source, steps, run.max_bad_steps, bad)
     log = Log(out, config, device, step=step, total=total, flop=flop)
-
-    if evaluation.due(step) and not (last and curve.has(step)):  # at the beginning, and after a stop at an epoch's end
-        log.values(step, evaluation(step))
-    log.restart(step)
-    for epoch in range(step // steps, optim.epochs):
-        batches, found.taken = iter(loader), []
-        for _ in range(steps - step % steps):
-            lr = optim.blr * optim.batch_size / 256
-            lr = set_rate(optimizer, lr, step / steps, optim.epochs, optim.warmup_epochs)
-            clips = []
-            for micro in range(optim.accumulation):
-                batch = next(batches)
-                clips += batch.index.tolist()
-                taking.part(task.prepare(batch, epoch, device), micro)
-            found.later(step, clips, taking.update())
-            step += 1
-            if step % steps == 0:
-                loader.epoch, loader.consumed = epoch + 1, 0  # what is left is less than a batch
-            saves = bool(run.save_steps) and step % run.save_steps == 0
-            read = STOP.received or saves or step % run.log_steps == 0 or step % steps == 0
-            found.settle(left=0 if read else int(taking.on_device))
-            log.step(step, found.losses, found.norm, lr)
-            if found.stopping:
-                found.settle(left=0)  # the signal may have come while the step before was read
-                save(step, found.bad)
-                log.close()
-                distributed.say(f"{out}: stopped by {signal.Signals(STOP.received or signal.SIGTERM).name} after "
-                                f"step {step}, saved; the same command with --resume goes on")  # fmt: skip
-                return False
-            if saves and step % steps:
-                save(step, found.bad)
-        if evaluation.due(step):
+    with log:
+        if evaluation.due(step) and not (
+            last and curve.has(step)
+        ):  # at the beginning, and after a stop at an epoch's end
             log.values(step, evaluation(step))
-            log.restart(step)
-        save(step, found.bad)
-        distributed.say(f"epoch {epoch + 1}/{optim.epochs}: loss {found.means()}")
-    log.close()
+        log.restart(step)
+        for epoch in range(step // steps, optim.epochs):
+            batches, found.taken = iter(loader), []
+            for _ in range(steps - step % steps):
+                lr = optim.blr * optim.batch_size / 256
+                lr = set_rate(optimizer, lr, step / steps, optim.epochs, optim.warmup_epochs)
+                clips = []
+                for micro in range(optim.accumulation):
+                    batch = next(batches)
+                    clips += batch.index.tolist()
+                    taking.part(task.prepare(batch, epoch, device), micro)
+                found.later(step, clips, taking.update())
+                step += 1
+                if step % steps == 0:
+                    loader.epoch, loader.consumed = epoch + 1, 0  # what is left is less than a batch
+                saves = bool(run.save_steps) and step % run.save_steps == 0
+                read = STOP.received or saves or step % run.log_steps == 0 or step % steps == 0
+                found.settle(left=0 if read else int(taking.on_device))
+                log.step(step, found.losses, found.norm, lr)
+                if found.stopping:
+                    found.settle(left=0)  # the signal may have come while the step before was read
+                    save(step, found.bad)
+                    log.state = "stopped"
+                    distributed.say(f"{out}: stopped by {signal.Signals(STOP.received or signal.SIGTERM).name} after "
+                                    f"step {step}, saved; the same command with --resume goes on")  # fmt: skip
+                    return False
+                if saves and step % steps:
+                    save(step, found.bad)
+            if evaluation.due(step):
+                log.values(step, evaluation(step))
+                log.restart(step)
+            save(step, found.bad)
+            distributed.say(f"epoch {epoch + 1}/{optim.epochs}: loss {found.means()}")
     distributed.barrier()
     return True
 
@@ -293,16 +294,18 @@ class Evaluation:
 
     def __call__(self, step: int) -> dict[str, float]:
         """What it finds, for the log."""
-        copy, loader, out = whole(self.model, self.task, self.sharded), self.loader, self.curve.out / "pictures"
+        copy, loader, out = whole(self.model, self.task, self.sharded), self.loader, self.curve.out
         training, compiled = copy.training, copy.encoder.compiled
         copy.eval().encoder.compiled = self.compiled
-        found = self.task.evaluate(copy, loader, DTYPES[self.task.config.run.dtype]).summary
+        result = self.task.evaluate(copy, loader, DTYPES[self.task.config.run.dtype])
         if not distributed.rank():
-            self.curve.add(step, step / self.steps, found)
-            out.mkdir(parents=True, exist_ok=True)
-            self.task.draw(copy, loader, spread(len(loader.source.rows)), out / f"step-{step:08d}.png")
+            self.curve.add(step, step / self.steps, result.summary)
+            picture = out / "pictures" / f"step-{step:08d}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            self.task.draw(copy, loader, spread(len(loader.source.rows)), picture)
+            self.task.show_run(out, picture, loader, result.samples)
         copy.train(training).encoder.compiled = compiled
-        return {f"eval/{name}": value for name, value in found.items()}
+        return {f"eval/{name}": value for name, value in result.summary.items()}
 
 
 def recompute_blocks(model: nn.Module) -> None:

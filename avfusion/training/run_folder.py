@@ -2,8 +2,10 @@
 
 run.json                        settings, code, data
 checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in the data, generators
+log.jsonl                       losses and speed on the way; that it runs, ended, or why it failed
 skipped.jsonl                   steps whose loss or gradient was not finite
 evaluations.csv, .png           what evaluations on the way have found
+run.html                        all of that as a page, with the best and the worst clips
 """
 
 import csv
@@ -13,7 +15,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,6 +30,7 @@ from avfusion import distributed
 from avfusion.common import write_json, writing
 from avfusion.data.loader import ClipLoader, multi_label
 from avfusion.data.samples import Source
+from avfusion.training.runs import read_evaluations
 from avfusion.training.task import Task
 
 NAMED = 8  # clips that an error message names
@@ -38,20 +40,15 @@ HOW = ("lr", "fused", "foreach", "capturable", "differentiable", "maximize")
 
 @dataclass
 class Curve:
-    """What evaluations on the way have found: RUN/evaluations.csv, a line each, and a picture of it."""
+    """What evaluations on the way have found: RUN/evaluations.csv, a line each."""
 
     out: Path
-    draw: Callable[[Path, list[dict[str, float]]], None]
     rows: list[dict[str, float]]
 
     @classmethod
-    def resume(cls, out: Path, step: int, draw: Callable) -> "Curve":
+    def resume(cls, out: Path, step: int) -> "Curve":
         """For a run that stands at `step`: lines that are there from later steps are dropped."""
-        path, rows = out / "evaluations.csv", []
-        if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        return cls(out, draw, [row for row in rows if row["step"] <= step])
+        return cls(out, [row for row in read_evaluations(out) if row["step"] <= step])
 
     def has(self, step: int) -> bool:
         return any(row["step"] == step for row in self.rows)
@@ -61,7 +58,6 @@ class Curve:
             self.rows = [row for row in self.rows if row["step"] != step]
             self.rows.append({"step": step, "epoch": epoch} | found)
             write_csv(self.out / "evaluations.csv", self.rows)
-            self.draw(self.out / "evaluations.png", self.rows)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -80,8 +80,8 @@ class Task(ABC):
         """Draw some clips of an evaluation, by their rows in the source, to a PNG file."""
 
     @abstractmethod
-    def draw_curve(self, path: Path, rows: list[dict[str, float]]) -> None:
-        """Draw what evaluations have found over the run, to a PNG file."""
+    def show_run(self, out: Path, picture: Path, loader: ClipLoader, samples: list[dict[str, Any]]) -> None:
+        """Draw how the run in `out` stands, for people: after an evaluation that has drawn `picture`."""
 
     def check(self) -> None:
         """Raises ValueError where the model cannot be built, before any clip is made or read."""

@@ -1,12 +1,16 @@
-"""Pictures: what the fusion tokens look at, what masked modelling reconstructs, how probes rise."""
+"""Pictures: what the fusion tokens look at, what masked modelling reconstructs, how losses fall and scores rise."""
 
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -21,6 +25,7 @@ from avfusion.media.transforms import IMAGENET_MEAN, IMAGENET_STD
 SPECTROGRAM, ATTENTION = "magma", "inferno"  # both perceptually uniform
 TOKENS = 8  # fusion tokens shown one by one
 TITLE_WIDTH = 24  # letters above a frame of `plot_clips`
+GREY, LINES = "#808080", ("#3a87c8", "#d9651d", "#3a9a58", "#a05dbf", "#c9348f", "#8c7a31")  # on white and on black
 
 
 def plot_clip(
@@ -47,7 +52,7 @@ def plot_clip(
     Attention is averaged over heads (and, in the large panels, over tokens) and given relative to uniform attention:
     1 means that a patch gets its even share.
     """
-    image, spectrogram = _pixels(image), spectrogram.float().cpu()
+    image, spectrogram = pixels(image), spectrogram.float().cpu()
     span = (clip.start, clip.start + spectrogram.shape[1] / 64)  # LogMel makes 64 frames a second
 
     fused = attention_image is not None and attention_audio is not None
@@ -111,27 +116,35 @@ def quantity(name: str) -> str:
     return next((kind for kind, parts in QUANTITIES.items() if any(part in name for part in parts)), "share")
 
 
-def plot_curve(path: str | os.PathLike, rows: list[dict[str, float]]) -> None:
-    """Draw what evaluations of a run have found over its epochs: `rows` as in evaluations.csv, a panel a quantity."""
-    epochs, panels = [row["epoch"] for row in rows], {}
-    for name in rows[-1]:
-        if name not in ("step", "epoch") and quantity(name):
-            panels.setdefault(quantity(name), []).append(name)
-    lines = max((len(names) for names in panels.values()), default=0)
-    figure = Figure(figsize=(6.4 * max(len(panels), 1), 3.7 + 0.23 * lines), dpi=110, layout="constrained")
-    for panel, (kind, names) in zip(
-        figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels.items(), strict=False
-    ):
-        for name in names:
-            style = {"color": "0.5", "linestyle": ":"} if "chance" in name else {"marker": "o", "markersize": 3}
-            panel.plot(epochs, [row.get(name, math.nan) for row in rows], label=name, **style)
-        panel.set(xlabel="epoch", ylabel=kind, yscale="log" if kind == "rank" else "linear")
-        if kind == "dB":  # a mixture as it is has no artefacts: its SAR of 140 would flatten the rest
+def families(names: Iterable[str]) -> dict[str, list[str]]:
+    """Scores that share a plot: those whose names begin alike ("top-1", "top-1 image"), and the rest of a kind."""
+    scores = [name for name in names if quantity(name)]
+    firsts = Counter(name.split()[0] for name in scores)
+    found: dict[str, list[str]] = {}
+    for name in scores:
+        first = name.split()[0]
+        found.setdefault(first if firsts[first] > 1 else quantity(name), []).append(name)
+    return found
+
+
+def plot_lines(
+    file: str | os.PathLike | BinaryIO, x: Sequence[float], lines: dict[str, list[float]], *, xlabel: str, ylabel: str
+) -> None:
+    """Draw lines over `x` to an SVG file, in colours that can be read on white and on black; NaN leaves a gap."""
+    with rc_context({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY,
+                     "ytick.color": GREY, "svg.hashsalt": "avfusion"}):  # fmt: skip
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        panel = figure.subplots()
+        for (name, values), colour in zip(lines.items(), cycle(LINES), strict=False):
+            style = {"linestyle": ":", "color": GREY} if "chance" in name else {"color": colour}
+            panel.plot(x, values, label=name, marker="o" if len(x) < 40 else None, markersize=3, **style)
+        panel.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if ylabel == "rank" else "linear")
+        if ylabel == "dB":  # a mixture as it is has no artefacts: its SAR of 140 would flatten the rest
             panel.set_ylim(top=min(panel.get_ylim()[1], 50))
         panel.grid(alpha=0.3)
-        columns = max(1, min(3, 80 // (max(map(len, names), default=0) + 8)))  # no wider than the panel
+        columns = max(1, min(3, 80 // (max(map(len, lines), default=0) + 8)))  # no wider than the panel
         panel.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1.2)
-    figure.savefig(path)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
 
 
 def plot_clips(
@@ -153,7 +166,7 @@ def plot_clips(
     figure = Figure(figsize=(1.9 * sum(widths), 2.3 * len(image)), dpi=110, layout="constrained")
     rows = figure.subplots(len(image), len(widths), squeeze=False, width_ratios=widths)
     for clip, (panels, title) in enumerate(zip(rows, titles, strict=True)):
-        frame, top = _pixels(image[clip]).numpy(), 10 * audio[clip].max().item()
+        frame, top = pixels(image[clip]).numpy(), 10 * audio[clip].max().item()
         panels[0].imshow(frame)
         _bare(panels[0], "\n".join(line for text in title.split("\n") for line in textwrap.wrap(text, TITLE_WIDTH)))
         for panel, (name, values) in zip(panels[1:], maps.items(), strict=False):
@@ -196,7 +209,7 @@ def plot_reconstructions(path: str | os.PathLike, *shown: Tensor) -> None:
         for number, panel in enumerate(row):
             panel.set_facecolor("0.75")
             if number < 3:
-                picture = _pixels(images[number][clip])
+                picture = pixels(images[number][clip])
                 panel.imshow(torch.cat((picture.nan_to_num(), (~picture[..., :1].isnan()).float()), dim=-1).numpy())
             else:
                 panel.imshow(decibels[number - 3].numpy(), cmap=SPECTROGRAM, vmin=top - 80, vmax=top, origin="lower")
@@ -204,7 +217,7 @@ def plot_reconstructions(path: str | os.PathLike, *shown: Tensor) -> None:
     figure.savefig(path)
 
 
-def _pixels(image: Tensor) -> Tensor:
+def pixels(image: Tensor) -> Tensor:
     """[3, H, W], ImageNet-normalised -> [H, W, 3] in [0, 1]."""
     deviation, mean = (torch.tensor(x)[:, None, None] for x in (IMAGENET_STD, IMAGENET_MEAN))
     return (image.float().cpu() * deviation + mean).clamp(0, 1).permute(1, 2, 0)

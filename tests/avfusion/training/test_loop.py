@@ -296,7 +296,7 @@ def _fewer(clips, tmp_path):
         ({"image_weights": "nothing.pth"}, r"nothing\.pth: neither a file nor"),
         ({"audio_mask_ratio": 1.0}, "audio_mask_ratio = 1.0 leaves 0 of 8 patches visible"),
         ({"image_size": (60, 64)}, r"image_size = \(60, 64\) must be two multiples of patch_size 16"),
-        ({"tracker": "paper"}, "tracker='paper': expected one of tensorboard, wandb, none"),
+        ({"tracker": "paper"}, "tracker='paper': expected one of tensorboard, wandb, trackio, none"),
         ({"data": ""}, "data: give the folder of the data set"),
         ({"epochs": 0}, "epochs=0: expected at least 1"),
         ({"crop_min": 0.0}, "crop_min=0.0: expected a share"),
@@ -380,7 +380,8 @@ def test_probes_pictures_and_log(config, tmp_path):
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["epoch"]) for row in rows] == [("0", "0.0"), ("3", "1.0")]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("image", "audio", "fusion", "joint", "chance"))
-    for picture in ("evaluations.png", "pictures/step-00000000.png", "pictures/step-00000003.png"):
+    assert "step-00000003.png" in (out / "run.html").read_text()
+    for picture in ("pictures/step-00000000.png", "pictures/step-00000003.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     log = scalars(out)
     assert [event.step for event in log["loss/image"]] == [1, 2, 3]

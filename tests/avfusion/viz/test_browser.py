@@ -1,18 +1,23 @@
 """What a reader of the pages meets: on phones and large screens, light and dark, by keyboard and screen reader."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
 
+from avfusion import DeepAVFusion, EncoderConfig, save_encoder
 from avfusion.cli import main
 from avfusion.data import read
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.viz.page import UNREADABLE, Card, Thing, table_cards, write_page
+from avfusion.viz.run_page import best_and_worst
 
 SIZES = [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark"), (3840, "light")]
 SECONDS = 2.0
+SMALL = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 32), audio_size=(32, 64), fusion_tokens=2,
+                      image_agg_tokens=2, audio_agg_tokens=2)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +33,15 @@ def pages(tmp_path_factory):
         ["search", str(root / "features"), "--clip", clips[0], "--out", str(root / "search.html")],
     ):
         assert main(line) == 0
-    (root / "empty").mkdir()
+    save_encoder(DeepAVFusion(SMALL), root / "encoder.safetensors")
+    synthesize(root / "boxes", Settings("flickr-soundnet", clips=8, classes=2, size=64, seconds=1.5, fps=4))
+    line = f"localize train tiny --encoder {root}/encoder.safetensors --data {root}/boxes --synth-clips 0 --epochs 2"
+    rest = f"--batch-size 4 --workers 0 --tracker none --eval-epochs 1 --log-steps 1 --out {root}/run"
+    assert main(f"{line} {rest}".split()) == 0
     write_page(root / "nothing.html", [], title="nothing", empty=UNREADABLE)
     report = next(path for path in root.glob("*.html") if path.stem not in ("browse", "search", "nothing"))
     return {"browse": root / "browse.html", "report": report, "search": root / "search.html",
-            "nothing": root / "nothing.html"}  # fmt: skip
+            "nothing": root / "nothing.html", "run": root / "run" / "run.html"}  # fmt: skip
 
 
 @functools.cache
@@ -40,7 +49,7 @@ def axe():
     return pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
 
 
-@pytest.mark.parametrize("name", ["browse", "report", "search", "nothing"])
+@pytest.mark.parametrize("name", ["browse", "report", "search", "nothing", "run"])
 @pytest.mark.parametrize(("width", "theme"), SIZES)
 def test_every_page_fits_and_axe_finds_nothing(pages, visit, name, width, theme):
     page = visit(pages[name], width, theme, name)
@@ -110,6 +119,17 @@ def test_names_cannot_break_out_of_the_page(tmp_path, visit):
     assert page.locator(".name").inner_text() == evil
     write_page(tmp_path / "page.html", [], title=evil, empty=evil)
     assert visit(tmp_path / "page.html").locator("main .empty").last.inner_text() == evil
+
+
+def test_no_clip_is_among_the_best_and_the_worst():
+    def chosen(*scores):
+        found = best_and_worst([{"score": score} for score in scores], 2)
+        return {name: [sample["score"] for sample in samples] for name, samples in found.items()}
+
+    assert chosen(1.0, 5.0, math.nan, 2.0, 4.0, 3.0) == {"best": [5, 4], "worst": [1, 2]}
+    assert chosen(1.0, 2.0, 3.0) == {"best": [3, 2], "worst": [1]}
+    assert chosen(1.0) == {"best": [1]}
+    assert chosen(math.nan) == {}
 
 
 def test_groups_of_cards_have_headings(tmp_path, visit):
