@@ -89,8 +89,8 @@ seen drawn objects and heard synthesised timbres alone.
 avfusion {task} predict {name} clip.mp4
 ```
 
-Made by `python -m bench.checkpoint FOLDER`: `avfusion {task} train synth-small --encoder RUN`, then `avfusion {task} eval`
-on {tested} clips of the test split. No setting was chosen by the figures below.
+Made by `python -m bench.checkpoint FOLDER`: `avfusion {task} train synth-small --encoder RUN`, then
+`avfusion {task} eval` on {tested} clips of the test split. No setting was chosen by the figures below.
 
 | score | |
 |---|---|
