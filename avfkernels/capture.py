@@ -95,7 +95,7 @@ class Captured:
     needs a call of `weights_changed`. A failure to compile or record is reported once; from then on all runs as it is.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.failure: Exception | None = None
         self.seen: dict[tuple, int] = {}
         self.graphs: dict[tuple, _Graph] = {}

@@ -105,7 +105,8 @@ def cpu_flags() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return frozenset()
-    lines = dict(map(str.strip, line.split(":", 1)) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    pairs = [line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line]
+    lines = {name.strip(): value.strip() for name, value in pairs}
     return frozenset((*lines.get("flags", "").split(), lines.get("vendor_id", "")))
 
 

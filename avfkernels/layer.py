@@ -45,8 +45,9 @@ DYNAMO = {"recompile_limit": 64, "optimize_ddp": False}
 
 
 def early_fusion(
-    image_blocks: Sequence[nn.Module], audio_blocks: Sequence[nn.Module], fusion_blocks: Sequence[nn.Module | None],
-    x_image: Tensor, x_audio: Tensor, x_fusion: Tensor, *, compiled: bool = False, return_embs: bool = False,
+    image_blocks: Sequence[nn.Module] | nn.ModuleList, audio_blocks: Sequence[nn.Module] | nn.ModuleList,
+    fusion_blocks: Sequence[nn.Module | None], x_image: Tensor, x_audio: Tensor, x_fusion: Tensor, *,
+    compiled: bool = False, return_embs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor]]]:  # fmt: skip
     """Runs the layers of an encoder.
 

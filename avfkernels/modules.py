@@ -15,6 +15,8 @@ that hooks on them run in `TokenFusion` alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from avfkernels.attentions import DenseAttention, FactorizedAttention, TokenAttention
@@ -43,7 +45,7 @@ class FusionBlock(nn.Module):
         self.norm1_mm = nn.LayerNorm(dim, **factory)
         self.norm1_aud = nn.LayerNorm(dim, **factory)
         self.norm1_img = nn.LayerNorm(dim, **factory)
-        self.attn = attn
+        self.attn: Any = attn
         self.drop_path_p = drop_path
         self.norm2 = nn.LayerNorm(dim, **factory)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, **factory)
@@ -86,7 +88,8 @@ class FusionBlock(nn.Module):
         """
         self._check(x_fusion, x_visual, x_audio)
         for name, mask, tokens in (("visual_mask", visual_mask, x_visual), ("audio_mask", audio_mask, x_audio)):
-            check_mask(type(self).__name__, name, mask, *tokens.shape[:2], tokens.device)
+            batch, count = tokens.shape[:2]
+            check_mask(type(self).__name__, name, mask, batch, count, tokens.device)
         norm_visual, norm_audio = self.norms()
         x_visual, x_audio = norm_visual(hide(x_visual, visual_mask)), norm_audio(hide(x_audio, audio_mask))
         x = self.norm1_mm(x_fusion)

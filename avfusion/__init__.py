@@ -8,6 +8,26 @@ What this package adds to the kernels (timm, torchaudio, PyAV, ...) is the extra
 
 import importlib
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of _NAMES, for type checkers and editors
+    from avfusion import data as data
+    from avfusion.embedding.decode import Decoder as Decoder
+    from avfusion.embedding.embed import Embedder as Embedder
+    from avfusion.embedding.embed import embed_clips as embed_clips
+    from avfusion.embedding.features import Features as Features
+    from avfusion.media.clip import ClipError as ClipError
+    from avfusion.media.reader import read_clip as read_clip
+    from avfusion.media.transforms import LogMel as LogMel
+    from avfusion.models.checkpoint import CheckpointError as CheckpointError
+    from avfusion.models.checkpoint import load_encoder as load_encoder
+    from avfusion.models.checkpoint import load_unimodal as load_unimodal
+    from avfusion.models.checkpoint import save_encoder as save_encoder
+    from avfusion.models.deepavfusion import DeepAVFusion as DeepAVFusion
+    from avfusion.models.deepavfusion import EncoderConfig as EncoderConfig
+    from avfusion.models.mae import AVMAE as AVMAE
+
+    __version__: str
 
 # The public names and where they live: loaded on first use, so that `avfusion --help` is instant, and the model alone
 # needs neither a video decoder nor what reads data sets.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avfkernels.choice import materialises, transformed
+
+Op = TypeVar("Op", bound=Callable[..., Any])
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -23,7 +26,7 @@ def untouched(module: nn.Module) -> bool:
     return not any(getattr(module, kind) for kind in hooks) and "forward" not in vars(module)
 
 
-def casts_for_autocast(op: Callable) -> Callable:
+def casts_for_autocast(op: Op) -> Op:
     """Under autocast, runs an op in autocast's dtype, as torch's own attention does; float64 stays as it is."""
 
     @wraps(op)
@@ -34,14 +37,14 @@ def casts_for_autocast(op: Callable) -> Callable:
             return op(*args, **kwargs)
         dtype = torch.get_autocast_dtype(device)
 
-        def cast(x):
+        def narrow(x):
             floating = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
             return x.to(dtype) if floating else x
 
         with torch.autocast(device, enabled=False):
-            return op(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+            return op(*map(narrow, args), **{name: narrow(x) for name, x in kwargs.items()})
 
-    return run
+    return cast(Op, run)
 
 
 def check_tensors(op: str, layouts: dict[str, list[str]], *tensors: Tensor) -> None:

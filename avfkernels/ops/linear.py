@@ -7,6 +7,7 @@ else, and in traces, they are `F.linear`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from avfkernels.choice import materialises, transformed
 from avfkernels.ops import onednn
 from avfkernels.ops.common import autocast_enabled, casts_for_autocast, untouched
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 
 def linear(
@@ -34,7 +38,7 @@ def apply_linear(layer: nn.Module, x: Tensor, *, gelu: bool = False, add: Tensor
     return _behind(layer(x), gelu, add)
 
 
-def is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module does what `torch.nn.Linear` does."""
     return type(layer).forward is nn.Linear.forward
 
@@ -60,7 +64,7 @@ def split_linear(
         ValueError: the sizes do not add up to the weight's.
     """
     columns = sizes is None
-    sizes = [x.shape[-1] for x in xs] if columns else list(sizes)
+    sizes = [x.shape[-1] for x in xs] if sizes is None else list(sizes)
     if sum(sizes) != weight.shape[int(columns)] or len(sizes) != len(xs):
         raise ValueError(
             f"split_linear: {len(xs)} inputs by {'columns' if columns else 'rows'} {sizes} do not make up a weight "
@@ -70,7 +74,7 @@ def split_linear(
     if recorded and not transformed() and not materialises():
         return casts_for_autocast(_SplitLinear.apply)(columns, sizes, weight, bias, *xs)
     parts = _parts(columns, sizes)
-    biases = [None] * (len(xs) - 1) + [bias] if columns else [bias] * len(xs)
+    biases = [*[None] * (len(xs) - 1), bias] if columns else [bias] * len(xs)
     return tuple(_linear(x, weight, b, part) for x, b, part in zip(xs, biases, parts, strict=True))
 
 
@@ -136,12 +140,11 @@ class _SplitLinear(torch.autograd.Function):
 
 
 def _split(columns: bool, sizes: list[int], weight: Tensor | None, bias: Tensor | None):
-    weights = biases = [None] * len(sizes)
-    if weight is not None:
-        weights = weight.split(sizes, dim=int(columns))
-    if bias is not None:
-        biases = [*biases[1:], bias] if columns else bias.split(sizes)
-    return weights, biases
+    none: list[Tensor | None] = [None] * len(sizes)
+    weights = none if weight is None else list(weight.split(sizes, dim=int(columns)))
+    if bias is None:
+        return weights, none
+    return weights, [*none[1:], bias] if columns else list(bias.split(sizes))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

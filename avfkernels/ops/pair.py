@@ -7,7 +7,7 @@ pair_triton.py. `avfkernels.choice` says which runs. A kernel, whichever, is beh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from avfkernels.ops.common import casts_for_autocast, check_mask, check_tensors,
 from avfkernels.ops.pair_plain import Pairs, eager, reference, why_not_eager
 
 INTERACTIONS = ("sum", "product")
-LAYOUTS = {"q": "B H F dk", "k1": "B H N1 dk", "v1": "B H N1 dv", "k2": "B H N2 dk", "v2": "B H N2 dv"}
-LAYOUTS = {name: layout.split() for name, layout in LAYOUTS.items()}
+LAYOUTS = {"q": ["B", "H", "F", "dk"], "k1": ["B", "H", "N1", "dk"], "v1": ["B", "H", "N1", "dv"],
+           "k2": ["B", "H", "N2", "dk"], "v2": ["B", "H", "N2", "dv"]}  # fmt: skip
 
 
 @casts_for_autocast
@@ -128,7 +128,7 @@ WHY_NOT = {
 PLAIN = {"reference": reference, "eager": eager}
 
 
-def _run(a: Pairs, return_lse: bool) -> tuple[Tensor, Tensor]:
+def _run(a: Pairs, return_lse: bool) -> tuple[Tensor, Any]:
     name = choose("pair_attention", a, WHY_NOT)
     if name in PLAIN:
         return PLAIN[name](a, return_lse)
@@ -254,7 +254,7 @@ def _autograd(ctx, grad_out, grad_lse, _):
 
 
 class _Recorded(torch.autograd.Function):
-    forward, setup_context, backward = map(staticmethod, (forward, _setup_context, _autograd))
+    forward, setup_context, backward = staticmethod(forward), staticmethod(_setup_context), staticmethod(_autograd)
 
 
 torch.library.register_autograd("avfkernels::pair_attention", _autograd, setup_context=_setup_context, lib=_library)

@@ -132,8 +132,9 @@ def decoded(decoder: Decoder, files: Sequence[str], num_workers: int = 0) -> Ite
     that were read.
     """
     source = _Files(decoder, files, num_workers)
-    how = {"num_workers": num_workers, "in_order": False, "generator": torch.Generator()}  # spares the global generator
-    batches = iterator_of(DataLoader(source, batch_size=None, **how))
+    spared = torch.Generator()  # not the global generator
+    loader = DataLoader(source, batch_size=None, num_workers=num_workers, in_order=False, generator=spared)
+    batches = iterator_of(loader)
     while True:
         try:
             batch = next(batches, None)

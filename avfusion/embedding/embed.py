@@ -84,10 +84,8 @@ class Embedder:
     @torch.inference_mode()
     def _features(self, pixels: np.ndarray, waveform: np.ndarray) -> dict[str, Tensor]:
         weight, frames = self.model.fusion_tokens, pixels.shape[1]
-        pixels, waveform = (
-            torch.from_numpy(np.require(x, requirements="W")).to(self.device) for x in (pixels, waveform)
-        )
-        image, audio = normalize(pixels.flatten(0, 1)).to(weight.dtype), self.mel(waveform[:, None]).to(weight.dtype)
+        seen, heard = (torch.from_numpy(np.require(x, requirements="W")).to(self.device) for x in (pixels, waveform))
+        image, audio = normalize(seen.flatten(0, 1)).to(weight.dtype), self.mel(heard[:, None]).to(weight.dtype)
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype not in (None, weight.dtype))
         with evaluating(self.model, self.compile), autocast:
             tokens = self.model(image, audio.repeat_interleave(frames, 0))

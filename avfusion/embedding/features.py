@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,28 +45,30 @@ class Features:
 
         Rows that stand for what could not be read become `failed`.
         """
-        rows = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]} if rows else {}
+        found = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]} if rows else {}
         failed = [ClipError(*args) for args in made.get("failed", [])]
-        if "reason" in rows:
-            bad = np.flatnonzero(rows["reason"] != "")
-            failed += [ClipError(*(rows[name][row] for name in ("file", "stream", "reason"))) for row in bad]
-            rows = {name: np.delete(x, bad, 0) for name, x in rows.items()}
-        facts = {name: made.get(name) for name in ("config", "checkpoint", "weights")}
-        if not rows or not len(rows["file"]):
+        if "reason" in found:
+            bad = np.flatnonzero(found["reason"] != "")
+            failed += [ClipError(*(found[name][row] for name in ("file", "stream", "reason"))) for row in bad]
+            found = {name: np.delete(x, bad, 0) for name, x in found.items()}
+        facts: dict[str, Any] = {name: made.get(name) for name in ("config", "checkpoint", "weights")}
+        if not found or not len(found["file"]):
             width = (facts["config"] or {}).get("dim", 0)
             return cls(torch.empty(0, 3, width), [], [], [], [], failed, **facts)
-        names = rows["file"].tolist()
+        names = found["file"].tolist()
         place = {name: number for number, name in enumerate(files if files is not None else sorted(set(names)))}
-        moments = rows.get("frame_time", rows["start"])
-        order = sorted(range(len(names)), key=lambda row: (place[names[row]], rows["start"][row], moments[row]))
+        moments = found.get("frame_time", found["start"])
+        order = sorted(range(len(names)), key=lambda row: (place[names[row]], found["start"][row], moments[row]))
         if files is not None:
             failed.sort(key=lambda error: place.get(error.path, -1))
-        rows = {name: x[order] for name, x in rows.items()}
+        found = {name: x[order] for name, x in found.items()}
         unknown = np.full(len(names), np.nan)
-        columns = [rows.get(name, unknown).tolist() for name in ("file", "start", "end", "frame_time")]
-        tokens = {name: torch.from_numpy(rows[name]) for name in TOKENS if name in rows}
-        pooled = np.stack([rows[name] for name in POOLED], 1)
-        return cls(torch.from_numpy(pooled), *columns, failed, **facts, **tokens)
+        files, starts, ends, moments = (
+            found.get(name, unknown).tolist() for name in ("file", "start", "end", "frame_time")
+        )
+        tokens: dict[str, Any] = {name: torch.from_numpy(found[name]) for name in TOKENS if name in found}
+        pooled = np.stack([found[name] for name in POOLED], 1)
+        return cls(torch.from_numpy(pooled), files, starts, ends, moments, failed, **facts, **tokens)
 
     def save(self, path: str | os.PathLike, dtype: str = "fp32") -> None:
         """Write a file: .parquet, .safetensors, or .npy, which is `pooled` alone, beside a .csv of its rows.

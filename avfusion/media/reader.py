@@ -21,7 +21,7 @@ class Excerpt(NamedTuple):
     """A window of a file. Times are in seconds from the file's beginning."""
 
     number: int  # of the window
-    count: int  # windows of the file
+    count: int  # type: ignore[assignment]  # windows of the file; a tuple has a method of that name
     start: float
     end: float  # of the window, or of the sound where it ends before
     waveform: Tensor  # [1, samples] float32, mono, in [-1, 1]
@@ -79,7 +79,7 @@ def read_windows(
     frames: int = 1,
     duration: float = 3.0,
     sample_rate: int = 16000,
-    transform: Callable[[Image.Image], T] = lambda image: image,
+    transform: Callable[[Image.Image], Any] = lambda image: image,
     skip: Collection[int] = (),
 ) -> Iterator[Excerpt]:
     """Decode windows of a video file, of any length, from front to back: each is what `read_clip` gives for it.
@@ -113,7 +113,7 @@ def read_windows(
         samples = round(duration * sample_rate)
         waveforms = ears.waveforms([first for _, first, _ in placed], samples, sample_rate)
         times = sorted({moment for *_, moments in placed for moment in moments})  # windows overlap
-        shown, held = zip(times, eyes.frames(times), strict=False), {}
+        shown, held = zip(times, eyes.frames(times), strict=False), dict[float, Any]()
         for number, first, moments in placed:
             held = {moment: frame for moment, frame in held.items() if moment >= moments[0]}
             while moments[-1] not in held:
@@ -136,8 +136,8 @@ def read_whole(
     sample_rate: int = 16000,
     max_duration: float = 600.0,
     crop: bool = False,
-    transform: Callable[[Image.Image], T] = lambda image: image,
-) -> tuple[list[tuple[float, T]], Tensor]:
+    transform: Callable[[Image.Image], Any] = lambda image: image,
+) -> tuple[list[tuple[float, Any]], Tensor]:
     """Decode the part of a video file that has picture and sound: its frames at a rate, and its sound.
 
     Returns pairs of a time and what `transform` makes of an upright RGB frame, the frame nearest to the middle of each

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import safetensors
@@ -40,7 +42,7 @@ class CheckpointError(ValueError):
     """A file that is not the checkpoint it is taken for; the message names the file, the keys and the remedy."""
 
 
-def load_encoder(path: str | Path, config: EncoderConfig | None = None, **known) -> DeepAVFusion:
+def load_encoder(path: str | os.PathLike, config: EncoderConfig | None = None, **known) -> DeepAVFusion:
     """A `DeepAVFusion` with the weights of a checkpoint, on the CPU, in eval mode.
 
     Args:
@@ -120,7 +122,7 @@ def load_unimodal(vit: ViT, source: str | Path) -> None:
     else:
         raise CheckpointError(f"{source}: neither a file nor one of timm.list_models(pretrained=True)")
     state = {key: value for key, value in state.items() if not key.startswith(_MAE_ONLY)}
-    _load_strictly(vit, state | {"pos_embed": vit.pos_embed}, source)
+    _load_strictly(vit, state | {"pos_embed": vit.get_buffer("pos_embed")}, source)
 
 
 def _fetched(address: str) -> Path:
@@ -168,7 +170,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: not a checkpoint of plain tensors ({reason}). Files that need arbitrary pickle are refused; "
             "convert them to safetensors where you trust them"
         ) from error
-    config = content.get("config") if isinstance(content, dict) else None
+    config: Any = content.get("config") if isinstance(content, dict) else None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -221,7 +223,7 @@ def _infer_config(state: dict[str, Tensor], known: dict[str, int], path: Path) -
     if "num_heads" not in known and dim != 768:
         assumed["num_heads"] = 16 if dim == 1280 else dim // 64  # ViT-S, B, L; ViT-H has 16 heads 80 wide
     heads = known.get("num_heads", assumed.get("num_heads", 12))
-    config = {
+    config: dict[str, Any] = {
         "dim": dim,
         "depth": depth,
         "num_heads": heads,

@@ -144,10 +144,10 @@ class Block(vision_transformer.Block):
     def __init__(self, config: EncoderConfig):
         super().__init__(
             config.dim, config.num_heads, config.mlp_ratio, qkv_bias=True, drop_path=config.drop_path,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """x [B, N, D], prefix [B, P, D] -> the rows of x of the block over [prefix ; x]."""
         return avfkernels.read_prefix(self, x, prefix, whole=super().forward)
 
@@ -177,7 +177,7 @@ class ViT(nn.Module):
         p, q = self.patch_embed.patch_size
         patches = take(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q), ids_keep)
         proj = self.patch_embed.proj
-        return F.linear(patches, proj.weight.flatten(1), proj.bias) + self.pos_embed[0][ids_keep]
+        return F.linear(patches, proj.weight.flatten(1), proj.bias) + self.get_buffer("pos_embed")[0][ids_keep]
 
 
 CARD = """---
@@ -280,8 +280,8 @@ class DeepAVFusion(
         self, image, audio, image_ids_keep=None, audio_ids_keep=None, *, return_embs: bool = False, compiled=False
     ):
         x_image, x_audio, x_fusion = self._embed(image, audio, image_ids_keep, audio_ids_keep)
-        fusion_blocks = dict(self.fusion_blocks.items())
-        fusion_blocks = [fusion_blocks.get(str(layer)) for layer in range(self.config.depth)]
+        blocks = dict(self.fusion_blocks.items())
+        fusion_blocks = [blocks.get(str(layer)) for layer in range(self.config.depth)]
         x_image, x_audio, x_fusion, embs = avfkernels.early_fusion(
             self.image.blocks, self.audio.blocks, fusion_blocks, x_image, x_audio, x_fusion,
             compiled=compiled or bool(self.compiled), return_embs=return_embs,
@@ -319,7 +319,7 @@ class DeepAVFusion(
         return maps
 
     @torch.no_grad()
-    def graphed(self, *batch: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def graphed(self, *batch: Tensor) -> Callable[..., tuple[Tensor, ...]]:
         """The forward pass at the shapes of this batch, compiled and recorded as a CUDA graph now, in evaluation mode.
 
         Takes what `forward` takes: image and audio and, if masked, the ids of the visible patches. Returns run(*batch)
@@ -332,7 +332,7 @@ class DeepAVFusion(
         expected, captured = [list(x.shape) for x in batch], avfkernels.Captured()
 
         @torch.no_grad()
-        def run(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def run(*batch: Tensor) -> tuple[Tensor, ...]:
             if (shapes := [list(x.shape) for x in batch]) != expected:
                 raise ValueError(f"graphed: recorded for a batch of the shapes {expected}, got {shapes}")
             return captured(self, self._forward, *batch, after=0)
