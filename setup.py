@@ -4,7 +4,7 @@
     *.cu   libavfkernels_cuda.so  if there is an nvcc; NVCC, AVF_CUDA_ARCHS="8.0 9.0a ...", AVF_CUDA=0 for none
 
 A failed build leaves a working package without those kernels (`python -m avfkernels` says so);
-AVF_REQUIRE_NATIVE=1 turns it into an error.
+AVF_REQUIRE_NATIVE=1 turns it into an error. AVF_NATIVE=0, and Windows, build none: the wheel is for any machine.
 """
 
 import os
@@ -138,14 +138,15 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
+    """One wheel for every Python of a platform."""
+
     def get_tag(self):
         return ("py3", "none", super().get_tag()[2])
 
 
+NATIVE = os.name != "nt" and os.environ.get("AVF_NATIVE") != "0"
+LIBRARIES = ("avfkernels.libavfkernels", "avfkernels.libavfkernels_cuda") if NATIVE else ()
 setup(
-    ext_modules=[
-        Extension("avfkernels.libavfkernels", sources=[], optional=True),
-        Extension("avfkernels.libavfkernels_cuda", sources=[], optional=True),
-    ],
+    ext_modules=[Extension(name, sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

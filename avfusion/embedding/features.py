@@ -63,12 +63,12 @@ class Features:
             failed.sort(key=lambda error: place.get(error.path, -1))
         found = {name: x[order] for name, x in found.items()}
         unknown = np.full(len(names), np.nan)
-        files, starts, ends, moments = (
+        clips, starts, ends, times = (
             found.get(name, unknown).tolist() for name in ("file", "start", "end", "frame_time")
         )
         tokens: dict[str, Any] = {name: torch.from_numpy(found[name]) for name in TOKENS if name in found}
         pooled = np.stack([found[name] for name in POOLED], 1)
-        return cls(torch.from_numpy(pooled), files, starts, ends, moments, failed, **facts, **tokens)
+        return cls(torch.from_numpy(pooled), clips, starts, ends, times, failed, **facts, **tokens)
 
     def save(self, path: str | os.PathLike, dtype: str = "fp32") -> None:
         """Write a file: .parquet, .safetensors, or .npy, which is `pooled` alone, beside a .csv of its rows.
