@@ -34,6 +34,7 @@ _MAE_ONLY = ("decoder_", "mask_token", "cls_token", "pos_embed")
 
 # In the package, by name: each with a card beside it.
 PACKAGED = {path.stem: path for path in (Path(__file__).parent / "weights").glob("*.safetensors")}
+POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has left in the place of another
 # What neither keys nor shapes of an encoder tell.
 UNTOLD = ("num_heads", "fusion_num_heads", "fusion_tokens", "image_agg_tokens", "audio_agg_tokens")
 
@@ -155,6 +156,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         named = "" if path.suffix else f", and none of the encoders in the package: {', '.join(PACKAGED)}"
         raise CheckpointError(f"{path}: no such file{named}")
+    with open(path, "rb") as raw:
+        if raw.read(len(POINTER)) == POINTER:
+            raise CheckpointError(f"{path}: a pointer of Git LFS, and not the weights themselves; fetch these by "
+                                  "`git lfs pull` in its repository")  # fmt: skip
     if path.suffix == ".safetensors":
         try:
             with safetensors.safe_open(path, framework="pt") as file:

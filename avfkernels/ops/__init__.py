@@ -1,0 +1,1 @@
+"""The ops: one place each; mathematics, reference, eager form, kernels, registration, from top to bottom."""
