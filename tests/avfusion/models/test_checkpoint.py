@@ -195,6 +195,7 @@ def test_arbitrary_pickle_is_refused_and_does_not_run(tmp_path, capsys):
     [
         ("zero.pth", b"", "not a checkpoint of plain tensors"),
         ("text.pth", b"hello, this is text", "not a checkpoint of plain tensors"),
+        ("lfs.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a pointer of Git LFS.*git lfs pull"),
         ("zero.safetensors", b"", "not a safetensors file"),
         ("text.safetensors", b"hello, this is text", "not a safetensors file"),
     ],

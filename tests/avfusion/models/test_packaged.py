@@ -1,5 +1,6 @@
-"""The encoder in the package: it is there, small, and has learnt what its card says."""
+"""The encoder and the tasks in the package: they are there, small, and have learnt what their cards say."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,24 +10,28 @@ from PIL import Image
 from safetensors import safe_open
 
 from avfusion import DeepAVFusion, load_encoder
+from avfusion.cli import main
 from avfusion.embedding.embed import Embedder
 from avfusion.media.transforms import preprocessing
 from avfusion.metrics.neighbours import neighbour_scores
 from avfusion.models.checkpoint import PACKAGED, CheckpointError, save_encoder
+from avfusion.synth.make import synthesize
 from avfusion.synth.render import render_frames, render_sources
 from avfusion.synth.scene import Settings, draw_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_it_is_small_and_has_a_card():
-    path = PACKAGED["synth-small"]
+@pytest.mark.parametrize("name", ["synth-small", "synth-small-localize", "synth-small-separate"])
+def test_they_are_small_and_have_cards(name):
+    path = PACKAGED[name]
     assert path.stat().st_size <= 8e6
     with safe_open(path, "pt") as file:
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118  not a dict
+        kinds = {file.get_tensor(key).dtype for key in file.keys() if key.endswith("weight")}  # noqa: SIM118
+    assert kinds == {torch.float16}
     card = path.with_suffix(".md").read_text(encoding="utf-8")
     assert "python -m bench.checkpoint" in card
-    assert "What it is not" in card
+    assert "synthetic" in card
 
 
 def test_it_is_loaded_by_name_for_work_in_float32():
@@ -73,3 +78,34 @@ def test_it_has_learnt_to_hear():
         found[name] = neighbour_scores(features, torch.tensor(labels))
     assert found["ours"]["chance"] < 0.08
     assert found["ours"]["audio"] > max(0.6, found["random"]["audio"] + 0.2), found
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """scenes(layout): clips that training has not seen."""
+
+    def made(layout, count, seconds):
+        root = tmp_path_factory.mktemp("scenes") / layout
+        synthesize(root, Settings(layout, clips=count, seed=987, size=128, seconds=seconds, fps=4))
+        return root
+
+    return made
+
+
+def scores(name, root, tmp_path, clips):
+    line = [name, "eval", f"synth-small-{name}", "--eval-data", str(root), "--eval-split", "all"]
+    assert main([*line, "--clips", str(clips), "--out", str(tmp_path / "eval")]) == 0
+    return json.loads((tmp_path / "eval" / "summary.json").read_text())["summary"]
+
+
+def test_it_finds_where_a_sound_comes_from(scenes, tmp_path):
+    found = scores("localize", scenes("flickr-soundnet", 48, 4.0), tmp_path, 48)
+    assert found["cIoU@0.5 contrast"] > found["cIoU@0.5 center"] + 0.15, found
+    assert found["cIoU@0.5 contrast"] > found["cIoU@0.5 other sound"] + 0.15, found
+
+
+# Separation and its baselines.
+def test_it_separates_what_is_seen(scenes, tmp_path):
+    root = scenes("vggsound-music", 24, 4.0)
+    found = scores("separate", root, tmp_path, 8)
+    assert found["SDR"] > found["SDR mixture"] + 3, found

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from avfusion.models.heads.contrast import Contrast, info_nce, similarity
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks import DOWNSTREAM, task_class
-from avfusion.tasks.downstream import evaluate_run, load_run, predict
+from avfusion.tasks.downstream import evaluate_run, load_run, predict, save_run
 from avfusion.tasks.localization import Localize
 from avfusion.tasks.recognition import Finetune, Probe
 from avfusion.tasks.retrieval import Retrieve
@@ -311,6 +312,35 @@ def test_clips_without_a_score_are_neither_best_nor_worst(trained, tmp_path, mon
     assert without[0] not in best + worst
     assert best == sorted(best, reverse=True)
     assert worst == sorted(worst)
+
+
+@pytest.mark.parametrize("name", ["finetune", "separate"])
+def test_a_run_as_one_file_says_what_the_folder_says(name, trained, clips, tmp_path):
+    path = tmp_path / "one.safetensors"
+    save_run(trained(name), path)
+    (task, model), (again, loaded) = load_run(trained(name)), load_run(path, name)
+    assert (again.config, again.classes, again.encoder_config) == (task.config, task.classes, task.encoder_config)
+    theirs = dict(loaded.named_parameters())
+    assert all(torch.equal(theirs[key], x.half().float()) for key, x in model.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(loaded.buffers(), model.buffers(), strict=True))
+    clip = read_clip(next(clips("vggsound").rglob("*.mp4")), **task.window)
+    said, expected = predict(again, loaded, clip), predict(task, model, clip)
+    for name, sound in expected.sounds.items():
+        torch.testing.assert_close(said.sounds[name], sound, atol=2e-3, rtol=0)
+    assert said.facts.keys() == expected.facts.keys()
+
+
+def test_what_is_no_run_is_told(trained, encoder, tmp_path):
+    (tmp_path / "text").write_text("no weights")
+    save_run(trained("finetune"), tmp_path / "one.safetensors")
+    for path, task, message in (
+        (tmp_path / "text", None, "text: not a safetensors file"),
+        (encoder, None, "a run of None, expected one of probe"),
+        (tmp_path / "one.safetensors", "localize", "a run of finetune, expected one of localize"),
+        (tmp_path / "none", None, "none: no checkpoint of a run in this folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_run(Path(path), task)
 
 
 @pytest.mark.parametrize(
