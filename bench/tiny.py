@@ -2,6 +2,7 @@
 
 Runs `avfusion pretrain tiny`, then `train tiny` and `eval` of every task on its weights, in FOLDER. What has been run
 there already is not run again; an entry of the file whose commands have not been run stays. `--collect` runs nothing.
+What the commands took is also written into the pages of docs/, between <!-- tiny: NAMES --> and <!-- /tiny -->.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import csv
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +23,8 @@ from bench import measure
 
 PATH = Path(__file__).parent / "results" / "tiny.json"
 TASKS = ("probe", "finetune", "retrieve", "localize", "separate", "segment")
+DOCS = PATH.parents[2] / "docs"
+PLACE = re.compile(r"(<!-- tiny: ([\w ]+) -->)\n.*?(<!-- /tiny -->)", re.DOTALL)
 LOSSES = re.compile(r"epoch (\d+)/\d+: loss (.*)")
 
 
@@ -33,12 +35,14 @@ def run(folder: Path, name: str, *command: str) -> None:
     if (logs / f"{name}.json").exists():
         return
     print("avfusion", *command, flush=True)
-    load, before, clock = os.getloadavg()[0], resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    load, clock = os.getloadavg()[0], time.perf_counter()
     with open(logs / f"{name}.log", "w") as log:
-        subprocess.run([sys.executable, "-m", "avfusion", *command], cwd=folder, stdout=log, stderr=log, check=True)
-    wall, after = time.perf_counter() - clock, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    facts = {"command": f"avfusion {' '.join(command)}", "seconds": round(wall), "CPU seconds": round(cpu),
+        process = subprocess.Popen([sys.executable, "-m", "avfusion", *command], cwd=folder, stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)  # with what its workers used
+    if status:
+        raise SystemExit(f"avfusion {' '.join(command)} failed: {logs / name}.log says why")
+    facts = {"command": f"avfusion {' '.join(command)}", "seconds": round(time.perf_counter() - clock),
+             "CPU seconds": round(used.ru_utime + used.ru_stime), "peak MiB": round(used.ru_maxrss / 1024),
              "load before": round(load, 1), "device": measure.device_name(torch.device("cpu"))}  # fmt: skip
     facts |= measure.environment(torch.device("cpu"))
     (logs / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -70,6 +74,24 @@ def collect(folder: Path) -> None:
             results[name] = found | {"ran": [json.loads(log.read_text()) for log in logs]}
     results = {name: results[name] for name in ("pretrain", *TASKS) if name in results}
     PATH.write_text(json.dumps(results, indent=1) + "\n")
+    fill(results)
+
+
+def fill(results: dict) -> None:
+    """Write what the commands took into the pages that have a place for it."""
+    for page in DOCS.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        filled = PLACE.sub(lambda found: f"{found[1]}\n{table(found[2].split(), results)}\n{found[3]}", text)
+        if filled != text:
+            page.write_text(filled, encoding="utf-8")
+
+
+def table(names: list[str], results: dict) -> str:
+    lines = ["| command | time | memory | on |", "|---|---|---|---|"]
+    for ran in (ran for name in names for ran in results[name]["ran"]):
+        memory = f"{ran['peak MiB'] / 1024:.1f} GiB" if "peak MiB" in ran else "not measured"
+        lines.append(f"| `{ran['command']}` | {ran['seconds']} s | {memory} | {ran['device']} |")
+    return "\n".join([*lines, "| any of them | not measured | not measured | a GPU |"])
 
 
 def main() -> None:

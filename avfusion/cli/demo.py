@@ -14,7 +14,7 @@ them is reported on: where in its picture the sound comes from, the sound of the
 elsewhere, clips that are like it. The models are small and have seen synthetic clips alone; the cards beside them,
 avfusion/models/weights/*.md, say what they can do.
 """
-CLIPS, SEED = 8, 0
+CLIPS, SEED = 8, 3  # of the first clip one object sounds in the picture, one outside, and one that is seen is silent
 SYNTH = "synth {out}/clips --layout audioset --clips {clips} --seed {seed} --size 192 --preview --workers 1"
 COMMANDS = (
     "embed {out}/clips --out {out}/features --plot {out}/attention",
