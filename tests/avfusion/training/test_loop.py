@@ -388,6 +388,33 @@ def test_probes_pictures_and_log(config, tmp_path):
     assert {"loss/audio", "gradient norm", "lr", "clips/s", "TFLOP/s", "eval/fusion"} <= log.keys()
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_trackers_are_told_the_same(config, tmp_path, monkeypatch, name):
+    (tmp_path / f"{name}.py").write_text(
+        "told = []\n"
+        "def init(**options): told.append(('init', options))\n"
+        "def log(values, step): told.append((step, values))\n"
+        "def finish(): told.append(('finish', None))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert train.train(Pretrain(config.but(epochs=1, tracker=name)), tmp_path / "run")
+    (first, options), *steps, (last, _) = sys.modules.pop(name).told
+    assert (first, last) == ("init", "finish")
+    assert (options["project"], options["name"]) == ("avfusion", "run")
+    assert options["config"]["epochs"] == 1
+    assert [step for step, _ in steps] == [1, 2, 3]
+    assert {"loss/image", "lr", "gradient norm", "clips/s"} <= steps[0][1].keys()
+
+
+def test_a_run_that_fails_says_why_in_its_log(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretrain, "losses", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(Pretrain(config), tmp_path / "run")
+    last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert (last["state"], last["why"]) == ("failed", "ZeroDivisionError: division by zero")
+
+
 def scalars(out):
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
