@@ -12,8 +12,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from avfusion.common import Progress, unknown, write_json, writing
 from avfusion.synth.layouts import LAYOUTS, annotations, clip_files, scene
+from avfusion.synth.render import mp4, render_frames, render_sources
 from avfusion.synth.scene import Settings
 
 FORMAT = 3  # raise it when the same settings make other clips than before
@@ -43,6 +46,14 @@ def synthesize(out: str | os.PathLike, settings: Settings, *, workers: int = 1, 
     for path, data in annotations(settings, [json.loads(truth.read_bytes()) for truth in truths]).items():
         _write(out / path, data)
     return len(todo)
+
+
+def mixture(path: str | os.PathLike, settings: Settings) -> None:
+    """Write a video (MP4) with the picture of the first scene of a set and the sounds of its first two, equally loud."""
+    seen, heard = scene(settings, 0), scene(settings, 1)
+    frames, _ = render_frames(seen, settings.size, np.arange(round(seen.seconds * settings.fps)) / settings.fps)
+    own, other = (render_sources(each).sum(0) // 2 for each in (seen, heard))
+    _write(Path(path), mp4(frames, settings.fps, (own + other).astype(np.int16)))
 
 
 def _claim(out: Path, settings: Settings) -> None:

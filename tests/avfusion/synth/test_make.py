@@ -22,9 +22,11 @@ from PIL import Image
 from synthetic import SMALL, brightness, frames_of, levels, masks_of, sources_of, truths_of
 
 from avfusion.cli import main
-from avfusion.media.reader import read_clip
+from avfusion.media.reader import read_clip, read_whole
 from avfusion.synth import layouts, make
-from avfusion.synth.make import synthesize
+from avfusion.synth.layouts import scene
+from avfusion.synth.make import mixture, synthesize
+from avfusion.synth.render import render_frames, render_sources
 from avfusion.synth.scene import Settings
 
 # What colour the looks have that no background has: hue of 255, and how far from it a pixel may be.
@@ -264,3 +266,17 @@ def _die(*_):
 def test_help_loads_nothing_heavy():
     code = "import sys, avfusion.cli; assert not {'numpy', 'torch', 'av', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_mixture_has_one_picture_and_two_sounds(tmp_path):
+    settings = Settings("flickr-soundnet", clips=2, size=64, fps=4)
+    mixture(tmp_path / "mixed.mp4", settings)
+    frames, sound = read_whole(tmp_path / "mixed.mp4", frame_rate=4)
+    seen, heard = scene(settings, 0), scene(settings, 1)
+    painted, _ = render_frames(seen, 64, np.arange(len(frames)) / 4)
+    assert all(np.abs(np.asarray(image) - true.astype(int)).mean() < 6
+               for (_, image), true in zip(frames, painted, strict=True))  # fmt: skip
+    own, other = (render_sources(each).sum(0)[: sound.shape[1]] for each in (seen, heard))
+    heard = sound[0].numpy()[: len(own)]
+    assert np.corrcoef(heard, own + other)[0, 1] > 0.95
+    assert all(np.corrcoef(heard, one)[0, 1] < 0.95 for one in (own, other))
