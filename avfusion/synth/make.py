@@ -49,7 +49,7 @@ def synthesize(out: str | os.PathLike, settings: Settings, *, workers: int = 1, 
 
 
 def mixture(path: str | os.PathLike, settings: Settings) -> None:
-    """Write a video (MP4) with the picture of the first scene of a set and the sounds of its first two, equally loud."""
+    """Write a video (MP4): the picture of the first scene of a set, and the sounds of the first two, equally loud."""
     seen, heard = scene(settings, 0), scene(settings, 1)
     frames, _ = render_frames(seen, settings.size, np.arange(round(seen.seconds * settings.fps)) / settings.fps)
     own, other = (render_sources(each).sum(0) // 2 for each in (seen, heard))
