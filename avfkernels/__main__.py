@@ -48,9 +48,7 @@ def report() -> str:
         evidence = f"by bench/results/{row.evidence}" if row.evidence else "not measured"
         lines.append(f"    {row.implementation:<10} {evidence}{f'; not here: {reason}' if reason else ''}")
     lines += _blocks_on_cpus()
-    lines.append(
-        "  every other op, any device\n    eager      no kernel measured is faster by enough (docs/tried.md)"
-    )
+    lines.append("  every other op, any device\n    eager      no kernel measured is faster by enough (docs/tried.md)")
     return "\n".join(lines)
 
 

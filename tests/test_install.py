@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,14 @@ def test_the_command_line_without_its_extra_says_what_to_install(words, succeeds
     said = run(sys.executable, "-c", code, *words, cwd=ROOT, succeeds=succeeds)
     assert "avfusion needs av, timm; install what is missing with: pip install -e '.[train]'" in " ".join(said.split())
     assert "Traceback" not in said
+
+
+def test_a_wheel_without_native_code_is_for_any_machine(sources):
+    run(sys.executable, "setup.py", "-q", "bdist_wheel", "-d", "dist", cwd=sources, AVF_NATIVE="0")
+    (wheel,) = (sources / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+    assert not [name for name in names if name.endswith(".so")]
+    assert {"avfkernels/py.typed", "avfusion/py.typed", "avfusion/viz/page.css", "avfusion/viz/page.js",
+            "avfusion/models/weights/synth-small.safetensors"} <= names  # fmt: skip

@@ -14,7 +14,7 @@ from avfusion.synth.scene import Settings
 from avfusion.viz.page import UNREADABLE, Card, Thing, table_cards, write_page
 from avfusion.viz.run_page import best_and_worst
 
-SIZES = [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark"), (3840, "light")]
+SIZES = [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")]
 SECONDS = 2.0
 SMALL = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 32), audio_size=(32, 64), fusion_tokens=2,
                       image_agg_tokens=2, audio_agg_tokens=2)  # fmt: skip
@@ -56,6 +56,13 @@ def test_every_page_fits_and_axe_finds_nothing(pages, visit, name, width, theme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     found = axe().run(page).response["violations"]
     assert not [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found]
+
+
+def test_a_large_screen_shows_more_beside_each_other(pages, visit):
+    page = visit(pages["search"], 3840, name="search")
+    tops = page.locator("article").evaluate_all("all => all.map((one) => one.getBoundingClientRect().top)")
+    assert len(tops) == 4
+    assert len(set(tops)) == 1
 
 
 def test_a_sound_plays_and_the_frames_follow(pages, visit):
