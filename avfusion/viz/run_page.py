@@ -107,7 +107,8 @@ def _figure(picture: Path, title: str) -> str:
         return ""
     data = base64.b64encode(picture.read_bytes()).decode()
     said = html.escape(f"{title}: {picture.name}")
-    return f'<h2>{title}</h2><figure><img src="data:image/png;base64,{data}" alt="{said}"></figure>'
+    return (f'<h2>{title}</h2><figure class="wide" tabindex="0" role="group" aria-label="{title}">'
+            f'<img src="data:image/png;base64,{data}" alt="{said}"></figure>')  # fmt: skip
 
 
 def _settings(facts: dict[str, Any]) -> str:
