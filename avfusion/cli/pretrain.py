@@ -15,7 +15,7 @@ Pre-train a DeepAVFusion encoder by masked auto-encoding of pictures and sound.
 PRESET is where the settings start from; every option below overrides one of them.
 
   tiny             a small encoder on synthetic clips, which are made on first use: minutes on two CPU cores
-  synth-small      the encoder in the package, on 4,000 synthetic clips: several times as long
+  synth-small      the encoder in the package, on 4,000 synthetic clips: most of an hour
   paper-vggsound   the paper's recipe: ViT-B, 200 epochs, batch 512
   paper-audioset   likewise, batch 2048
 """

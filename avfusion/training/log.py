@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,7 +88,11 @@ class Log:
 
     def __exit__(self, kind, error, trace) -> None:
         self.progress.__exit__()
-        self._write(**{"state": "failed", "why": f"{kind.__name__}: {error}"} if kind else {"state": self.state})
+        if kind:
+            with suppress(OSError):  # a full disk is what may have failed
+                self._write(state="failed", why=f"{kind.__name__}: {error}")
+        else:
+            self._write(state=self.state)
         if self.tensorboard:
             self.tensorboard.close()
         if self.tracker:

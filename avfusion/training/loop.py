@@ -142,9 +142,8 @@ def train(
     found = Found(taking, out, source, steps, run.max_bad_steps, bad)
     log = Log(out, config, device, step=step, total=total, flop=flop)
     with log:
-        if evaluation.due(step) and not (
-            last and curve.has(step)
-        ):  # at the beginning, and after a stop at an epoch's end
+        # At the beginning, and after a stop at an epoch's end.
+        if evaluation.due(step) and not (last and curve.has(step)):
             log.values(step, evaluation(step))
         log.restart(step)
         for epoch in range(step // steps, optim.epochs):

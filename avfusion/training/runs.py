@@ -49,7 +49,7 @@ class RunStatus:
             state = "silent"
         return cls(
             folder, task, state, steps[-1]["step"] if steps else begun["step"], begun["total"],
-            steps[-1]["left"] if steps and state == "running" else None, steps[-1]["loss"] if steps else {},
+            lines[-1].get("left") if state == "running" else None, steps[-1]["loss"] if steps else {},
             {name: x for name, x in found[-1].items() if name not in ("step", "epoch")} if found else {},
             mark.get("why", ""),
         )  # fmt: skip
