@@ -240,8 +240,10 @@ def test_command_writes_nothing_when_every_clip_fails(clips, small, tmp_path, ca
         (["embed", "{empty}"], "no video files"),
     ],
 )
-def test_usage_error_exits_with_2_and_says_why(clips, tmp_path, capsys, arguments, message):
-    names = {"clip": clips["good"][0], "missing": clips["missing"], "empty": str(tmp_path)}
+def test_usage_error_exits_with_2_and_says_why(clips, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)  # where the default of --out is made
+    (tmp_path / "empty").mkdir()
+    names = {"clip": clips["good"][0], "missing": clips["missing"], "empty": str(tmp_path / "empty")}
     with pytest.raises(SystemExit) as caught:
         main([argument.format(**names) for argument in arguments])
     assert caught.value.code == 2
