@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import av
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor
 from avfusion.media.clip import Clip, ClipError
 from avfusion.media.streams import Streams, opened
 from avfusion.media.windows import Plan, View, Window
-
-T = TypeVar("T")
 
 
 class Excerpt(NamedTuple):
