@@ -4,7 +4,7 @@ import bisect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from avfusion.media.clip import Clip, ClipError
-from avfusion.media.reader import T
 from avfusion.media.windows import Window, reflect, span_to_resample
 
 # What PIL raises for files that are no pictures, damaged, or pretend to be gigantic.
@@ -31,8 +30,8 @@ def read_stills(path: Path, audio: Path, **window) -> Clip:
 
 
 def read_whole_stills(
-    path: Path, audio: Path, *, sample_rate: int, transform: Callable[[Image.Image], T] = lambda image: image
-) -> tuple[list[tuple[float, T]], Tensor]:
+    path: Path, audio: Path, *, sample_rate: int, transform: Callable[[Image.Image], Any] = lambda image: image
+) -> tuple[list[tuple[float, Any]], Tensor]:
     """`read_whole` for such files: every picture with its time, and the whole sound."""
     times, pictures = _pictures(path)
     try:
