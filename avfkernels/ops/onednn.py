@@ -42,7 +42,7 @@ def why_not(dtype: torch.dtype) -> str | None:
     if dtype == torch.float32 and not {"AuthenticAMD", "avx2"} <= cpu_flags():
         return "measured to be faster than MKL on AMD alone"
     if dtype == torch.bfloat16 and not multiplies_bf16():  # elsewhere F.linear is oneDNN's, too
-        return "the processor does not multiply bfloat16"
+        return "the processor does not multiply bfloat16 faster than float32"
     try:
         right = _right(dtype)
     except (AttributeError, RuntimeError, TypeError) as error:

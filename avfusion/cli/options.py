@@ -82,7 +82,8 @@ def add_machine(parser: argparse.ArgumentParser, *, dtype: str | None = "fp32") 
         parser.add_argument(
             "--dtype", choices=["auto", "fp32", "bf16", *["fp16"] * (dtype == "auto")], default=dtype,
             help="compute in it where it is safe; auto: bf16 where that is at least 1.5 times faster, on GPUs and on "
-            "CPUs that multiply it (avx512_bf16, AMX), fp16 on a GPU without, else fp32 (default: %(default)s)",
+            "CPUs that multiply it fast (avx512_bf16 of AMD, AMX), fp16 on a GPU without, else fp32 (default: "
+            "%(default)s)",
         )  # fmt: skip
     parser.add_argument("--threads", type=count(1), metavar="N", help="of a process on CPUs (default: torch's choice)")
 

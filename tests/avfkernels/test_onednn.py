@@ -52,6 +52,23 @@ def ran(flags, monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize(
+    ("names", "fast"),
+    [
+        (AMD, True),
+        (("GenuineIntel", "avx512_bf16", "amx_bf16"), True),
+        (("GenuineIntel", "avx512_bf16"), False),  # measured: slower than float32
+        (("AuthenticAMD", "avx2"), False),
+        ((), False),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_faster(flags, names, fast):
+    flags(*names)
+    assert choice.multiplies_bf16() == fast
+    if not fast:
+        assert onednn.why_not(torch.bfloat16)
+
+
 def dtype_or_skip(dtype):
     if reason := onednn.why_not(dtype):
         pytest.skip(reason)
