@@ -1,6 +1,5 @@
-"""The notebook of the site runs from top to bottom, as it is, in less than a minute and a half."""
+"""The notebook of the site runs from top to bottom, as it is."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ pytestmark = pytest.mark.long
 def test_first_steps():
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    notebook, clock = nbformat.read(ROOT / "docs" / "first-steps.ipynb", as_version=4), time.monotonic()
+    notebook = nbformat.read(ROOT / "docs" / "first-steps.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=90, kernel_name="python3").execute(cwd=ROOT / "docs")
-    assert time.monotonic() - clock < 90
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "DenseFusion" in said
     assert "times as fast" in said

@@ -1,10 +1,9 @@
-"""The site builds in half a minute, without a broken link, and asks for nothing from elsewhere."""
+"""The site builds without a broken link, and asks for nothing from elsewhere."""
 
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,12 @@ ROOT = Path(__file__).parents[1]
 def site(tmp_path_factory):
     for module in ("mkdocs", "material", "mkdocstrings", "mkdocs_jupyter"):
         pytest.importorskip(module)
-    folder, clock = tmp_path_factory.mktemp("site"), time.monotonic()
+    folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     # An address that no one answers in the place of every proxy: what is fetched fails.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     done = subprocess.run(command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - clock < 60  # half of it alone
     return folder
 
 
