@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         table_cards(table, args.clips),
         title=f"{args.root.name}: {table.layout}",
-        lead=f"{min(args.clips, len(table))} of {len(table)} clips, spread over the list; more by --clips N.",
+        lead=f"Of {len(table)} clips, some from all over the list; more by --clips N.",
         empty=UNREADABLE,
     )
     print(f"{args.out}: {shown} clips of {table}")

@@ -29,14 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         help="evaluate a run: CSV a clip, summary, best and worst in pictures",
         description="Writes RUN/eval/: summary.json, samples.csv, best.png, worst.png.",
     )
-    evaluate.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    evaluate.add_argument(
+        "folder",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or a run in the package, such as synth-small-localize",
+    )
     add = evaluate.add_argument
     add("--eval-data", metavar="DATA", help="another data set, in the same layout")
     add("--eval-split", metavar="SPLIT", help="another split of it; all: everything")
     add("--layout", type=lambda text: text if text == "shards" else options.layout(text), metavar="LAYOUT",
         help="its layout, if that is another one")  # fmt: skip
     add("--clips", type=options.count(1), default=10**9, metavar="N", help="at most so many (default: all)")
-    add("--out", type=Path, metavar="DIR", help="default: RUN/eval")
+    add("--out", type=Path, metavar="DIR", help="default: RUN/eval; of a run that is one file, NAME-eval here")
     if hasattr(task_class(name), "views"):
         add("--views", type=options.count(2), metavar="N",
             help="average the logits of N windows spread over 10 s of a clip, too (published scores: 10)")  # fmt: skip
@@ -53,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         help="what a run says of your clips",
         description="Writes a JSON file a clip and what can be seen or heard beside it.",
     )
-    predict.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
+    predict.add_argument(
+        "folder",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or a run in the package, such as synth-small-localize",
+    )
     predict.add_argument("clips", nargs="+", type=Path, metavar="CLIP", help="video files, or directories of them")
     predict.add_argument("--start", type=float, metavar="S", help="of the window in seconds (default: the middle)")
     predict.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: %(default)s")
@@ -65,8 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 def run_eval(args: argparse.Namespace) -> int:
     from avfusion.tasks.downstream import evaluate_run
 
-    device, out = options.machine(args), args.out or args.folder / "eval"
-    options.check_folder(args.parser, "--out", out)
+    device, run = options.machine(args), args.folder
+    out = args.out or (run / "eval" if run.is_dir() else Path(f"{run.stem}-eval"))
+    if args.out or run.is_dir():  # a misspelt run makes no folder
+        options.check_folder(args.parser, "--out", out)
     changes = {"eval_data": args.eval_data, "eval_split": args.eval_split, "layout": args.layout}
     changes = {name: value for name, value in changes.items() if value} | {"eval_clips": args.clips}
     changes |= {} if args.compile is None else {"compile": args.compile}

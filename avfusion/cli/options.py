@@ -174,10 +174,10 @@ def _videos_in(clip: str) -> list[str]:
     return [os.path.join(clip, os.path.relpath(path, name)) for path in found]
 
 
-def report_failed(failed: list, total: int) -> int:
-    """Lists clips that failed on stderr; returns the exit status: 0, 3 where some failed, 1 where all did."""
+def report_failed(failed: list, total: int, what: str = "clips") -> int:
+    """Lists what failed on stderr; returns the exit status: 0, 3 where some failed, 1 where all did."""
     if failed:
-        print(f"{len(failed)} of {total} clips failed:", file=sys.stderr)
+        print(f"{len(failed)} of {total} {what} failed:", file=sys.stderr)
         for error in failed:
             print(f"  {error}", file=sys.stderr)
     return (1 if len(failed) == total else 3) if failed else 0

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from avfusion.cli.options import report_failed
+
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.description = (
@@ -27,11 +29,16 @@ def run(args: argparse.Namespace) -> int:
     if not folders:
         print(f"no runs in {', '.join(map(str, args.folders))}: `avfusion pretrain tiny` starts one")
         return 0
-    statuses = list(map(RunStatus.of, folders))
+    statuses, failed = [], []
+    for folder in folders:
+        try:
+            statuses.append(RunStatus.of(folder))
+        except ValueError as error:
+            failed.append(error)
     if args.json:
         for status in statuses:
             print(json.dumps(vars(status) | {"folder": str(status.folder)}))
-        return 0
+        return report_failed(failed, len(folders), "runs")
     rows = [list(COLUMNS), *(status.cells() for status in statuses)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -39,4 +46,4 @@ def run(args: argparse.Namespace) -> int:
     page = folders[0] / "run.html"
     if page.exists():
         print(f"\n{page}: the last of them in pictures")
-    return 0
+    return report_failed(failed, len(folders), "runs")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avfusion.common import setting, write_json, writing
+from avfusion.common import meant, setting, write_json, writing
 from avfusion.data.samples import Source
 from avfusion.data.tags import read_tags
 from avfusion.media.clip import Clip
@@ -165,7 +165,7 @@ def load_run(run: Path, expected: str | None = None) -> tuple[Downstream, nn.Mod
     run = run if run.exists() else PACKAGED.get(str(run), run)
     last = run if run.is_file() else latest_checkpoint(run)
     if last is None:
-        raise ValueError(f"{run}: no checkpoint of a run in this folder")
+        raise ValueError(f"{run}: no checkpoint of a run in this folder{meant(run, PACKAGED)}")
     try:
         with safe_open(last if run.is_file() else last / "model.safetensors", "pt") as file:
             told = file.metadata() or {}
@@ -176,7 +176,8 @@ def load_run(run: Path, expected: str | None = None) -> tuple[Downstream, nn.Mod
     facts = json.loads(text)
     name = facts.get("task")
     if name not in DOWNSTREAM or expected not in (None, name):
-        raise ValueError(f"{run}: a run of {name}, expected one of {expected or ', '.join(DOWNSTREAM)}")
+        found = f"a run of {name}" if name else "no run of a task"
+        raise ValueError(f"{run}: {found}, expected one of {expected or ', '.join(DOWNSTREAM)}")
     cls, encoder_config = task_class(name), EncoderConfig(**json.loads(told["config"]))
     task = cls(cls.settings.of(**facts["settings"]), encoder_config, facts["data"].get("classes", ()))
     task.multi_label = facts["data"].get("multi_label", _layout(task.config) in ("audioset", "music"))
@@ -218,6 +219,9 @@ def evaluate_run(
     task, model = load_run(run, expected)
     task.config, task.thorough, task.views = task.config.but(**changes), True, views
     task.tags = read_tags(tags) if tags else None
+    where = task.config.data.eval_data or task.config.data.path
+    if "://" not in where and not Path(where).exists():
+        raise ValueError(f"{where}: the data that {run} names is not here; name it, or other clips, by --eval-data")
     model.to(device).encoder.compiled = task.config.run.compile
     source = task.open_evaluation()
     batch = min(task.config.optim.batch_size, max(len(source.rows), 1))

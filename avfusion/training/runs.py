@@ -81,6 +81,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
+        if not isinstance(line, dict):
+            continue
         if line.get("state") == "running":
             lines = [old for old in lines if "loss" not in old or old["step"] <= line["step"]]
         lines.append(line)

@@ -45,10 +45,16 @@ def best_and_worst(samples: list[dict[str, Any]], count: int = SHOWN) -> dict[st
 
 
 def clip_cards(loader: ClipLoader, chosen: dict[str, list[dict[str, Any]]]) -> Iterator[Card]:
-    """A card a clip, as the model sees and hears it, under the heading it is chosen for."""
+    """A card a clip, as the model sees and hears it, under the heading it is chosen for.
+
+    A clip that cannot be read any more is left out: a page ends no training.
+    """
     for group, samples in chosen.items():
         for sample in samples:
-            batch = loader.some([sample["row"]])
+            try:
+                batch = loader.some([sample["row"]])
+            except ValueError:
+                continue
             image, waveform, things = batch.image[0], batch.waveform[0].numpy(), ()
             if image.dim() == 4:  # several clips, whose sounds are mixed
                 image = image[0]

@@ -104,6 +104,16 @@ def test_it_finds_where_a_sound_comes_from(scenes, tmp_path):
     assert found["cIoU@0.5 contrast"] > found["cIoU@0.5 other sound"] + 0.15, found
 
 
+def test_an_evaluation_of_a_run_in_the_package_does_not_stand_in_its_way(scenes, tmp_path, monkeypatch):
+    """A folder of its name, made for what is found, would be taken for the run."""
+    root = scenes("flickr-soundnet", 4, 2.0)
+    monkeypatch.chdir(tmp_path)
+    line = ["localize", "eval", "synth-small-localize", "--eval-data", str(root), "--eval-split", "all"]
+    for _ in range(2):
+        assert main(line) == 0
+    assert (tmp_path / "synth-small-localize-eval" / "summary.json").exists()
+
+
 # Separation and its baselines.
 def test_it_separates_what_is_seen(scenes, tmp_path):
     root = scenes("vggsound-music", 24, 4.0)

@@ -335,7 +335,7 @@ def test_what_is_no_run_is_told(trained, encoder, tmp_path):
     save_run(trained("finetune"), tmp_path / "one.safetensors")
     for path, task, message in (
         (tmp_path / "text", None, "text: not a safetensors file"),
-        (encoder, None, "a run of None, expected one of probe"),
+        (encoder, None, "no run of a task, expected one of probe"),
         (tmp_path / "one.safetensors", "localize", "a run of finetune, expected one of localize"),
         (tmp_path / "none", None, "none: no checkpoint of a run in this folder"),
     ):

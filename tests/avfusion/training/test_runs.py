@@ -67,7 +67,7 @@ def test_steps_that_are_taken_again_count_once(made):
 def test_a_line_that_was_cut_off_is_left_out(made):
     run = made("a", BEGUN, step(2))
     with open(run / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
+        file.write('7\n{"step": 4, "lo')
     assert RunStatus.of(run).step == 2
 
 
@@ -102,3 +102,8 @@ def test_command(made, tmp_path, capsys, monkeypatch):
     (tmp_path / "runs/a/run.json").write_text("{}")
     assert main(["runs"]) == 1
     assert "run.json: not of a run" in capsys.readouterr().err
+    made("b", BEGUN, step(4))
+    assert main(["runs"]) == 3  # one that is broken hides no other
+    told = capsys.readouterr()
+    assert "runs/b" in told.out
+    assert "runs/a/run.json: not of a run" in told.err

@@ -12,7 +12,7 @@ from avfusion.data import read
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.viz.page import UNREADABLE, Card, Thing, table_cards, write_page
-from avfusion.viz.run_page import best_and_worst
+from avfusion.viz.run_page import best_and_worst, clip_cards
 
 SIZES = [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")]
 SECONDS = 2.0
@@ -137,6 +137,14 @@ def test_no_clip_is_among_the_best_and_the_worst():
     assert chosen(1.0, 2.0, 3.0) == {"best": [3, 2], "worst": [1]}
     assert chosen(1.0) == {"best": [1]}
     assert chosen(math.nan) == {}
+
+
+def test_a_clip_that_is_gone_is_left_out():
+    class Loader:
+        def some(self, rows):
+            raise ValueError("none of the clips can be read")
+
+    assert list(clip_cards(Loader(), {"best": [{"row": 0, "clip": "a", "score": 1.0}]})) == []
 
 
 def test_groups_of_cards_have_headings(tmp_path, visit):
