@@ -1,41 +1,12 @@
-"""What every part uses: files that appear as a whole, names that are not known, fields with help, progress."""
+"""What every part uses: names that are not known, errors in a line, fields with help, progress."""
 
 import difflib
-import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
-
-
-@contextmanager
-def writing(path: str | os.PathLike) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when the block ends; after an error nothing has happened."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        os.chmod(part, mode)  # what the user's mask makes of it: libraries that write for themselves ask for 0600
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    with writing(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | os.PathLike, content: Any, **options) -> None:
-    write_text(path, json.dumps(content, **options) + "\n")
 
 
 def meant(name: object, options: Iterable[str]) -> str:
@@ -50,6 +21,12 @@ def unknown(what: str, name: object, options: Iterable[str]) -> str:
     options = list(map(str, options))
     some = f"one of {', '.join(options)}" if len(options) > 1 else "".join(options)
     return f"{what}={name!r}: expected {some}{meant(name, options)}"
+
+
+def why(error: BaseException) -> str:
+    """An error in a line: its kind and the first line of what it says, never nothing."""
+    told = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
 
 def setting(default: Any, text: str, **metadata) -> Any:

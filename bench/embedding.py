@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from avfusion import DeepAVFusion, Embedder, EncoderConfig, Features, save_encoder
-from avfusion.common import write_json, write_text, writing
 from avfusion.embedding.decode import decoded
+from avfusion.files import write_json, write_text, writing
 from avfusion.media.reader import read_windows
 from avfusion.media.transforms import image_pixels
 from avfusion.media.windows import Plan

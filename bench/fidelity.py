@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from avfusion.common import write_json
 from avfusion.data import read
 from avfusion.data.samples import Mixed, Windows
+from avfusion.files import write_json
 from avfusion.media.stills import read_stills
 from avfusion.media.transforms import LogMel
 from avfusion.metrics.localization import SIZE, consensus_iou, consensus_map

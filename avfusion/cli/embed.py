@@ -90,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--batch-size", type=options.count(1), metavar="N", help="windows at a time (default: 8; on a GPU 128)")
     add("--workers", type=options.count(0), metavar="N",
         help="processes that decode ahead (default: with a GPU one a core, else one for four)")  # fmt: skip
+    options.add_timeout(parser)
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile and CUDA graphs (default: on a GPU, once 200 windows have been seen)")  # fmt: skip
     add("--fusion-num-heads", type=options.count(1), metavar="N",
@@ -134,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         failed = embed_files(
-            embedder, files, store, num_workers=workers if args.workers is None else args.workers, cluster=cluster,
-            progress=True,
+            embedder, files, store, num_workers=workers if args.workers is None else args.workers,
+            timeout=args.loader_timeout, cluster=cluster, progress=True,
         )  # fmt: skip
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -88,6 +88,12 @@ def add_machine(parser: argparse.ArgumentParser, *, dtype: str | None = "fp32") 
     parser.add_argument("--threads", type=count(1), metavar="N", help="of a process on CPUs (default: torch's choice)")
 
 
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """Add --loader-timeout."""
+    parser.add_argument("--loader-timeout", type=count(1), default=120, metavar="S",
+                        help="seconds without anything from --workers that end it (default: %(default)s)")  # fmt: skip
+
+
 def machine(args: argparse.Namespace) -> "torch.device":
     """Sets the number of threads and returns the device; a usage error where there is none of that name."""
     import torch

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from avfusion.cli.options import RAW, check_folder, count, layout
+from avfusion.cli.options import RAW, add_timeout, check_folder, count, layout
 
 DESCRIPTION = """\
 Pack a data set into WebDataset shards: tar files of JPEG frames, 16 kHz sound and labels, with an index.
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--sound", choices=["flac", "wav"], default="flac", help="wav is larger and faster to read (default: flac)")
     add("--clips-per-shard", type=count(1), default=256, metavar="N", help="default: %(default)s")
     add("--workers", type=count(0), default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
+    add_timeout(parser)
     add("--max-failed", type=float, default=0.05, metavar="SHARE",
         help="stop when more than this share of the clips has failed (default: %(default)s)")  # fmt: skip
     parser.set_defaults(run=run, parser=parser, stopped="The same command goes on with the next shard.")
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args.parser, "OUT", args.out)
     failed = pack(
         table, args.out, frame_rate=args.frame_rate, size=args.size, quality=args.quality, sound=args.sound,
-        clips_per_shard=args.clips_per_shard, num_workers=args.workers, max_failed=args.max_failed, progress=True,
+        clips_per_shard=args.clips_per_shard, num_workers=args.workers, timeout=args.loader_timeout,
+        max_failed=args.max_failed, progress=True,
     )  # fmt: skip
     print(f"{args.out}: {len(table) - len(failed):,} clips")
     if failed:

@@ -20,7 +20,7 @@ _NAMES = {
     "Shards": "shards",
     "Table": "table",
     "clips": "samples",
-    "pack": "shards",
+    "pack": "packing",
     "read": "layouts",
     "semantic_masks": "pictures",
 }

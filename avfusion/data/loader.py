@@ -5,10 +5,7 @@ batches do not depend on the number of workers, and a resumed run sees what an u
 """
 
 import json
-import multiprocessing.connection
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from avfusion import distributed
 from avfusion.data.sampler import ClipSampler, random_seed
 from avfusion.data.samples import Item, Source, Tensors, clips
+from avfusion.data.workers import TIMEOUT, Workers, batches, handed_over, reading, received
+from avfusion.files import append_lines
 from avfusion.media.clip import ClipError
 
 REPLACEMENTS = 10  # so many clips in a row must fail before training gives up
@@ -50,13 +49,9 @@ class Attempt(NamedTuple):
 class _Attempts(Dataset):
     """(epoch, index) -> `Attempt`. In training a clip that fails is replaced by another."""
 
-    def __init__(self, items: Tensors, *, train: bool, seed: int, workers: int):
+    def __init__(self, items: Tensors, *, train: bool, seed: int, workers: Workers):
         self.items, self.source, self.train, self.seed = items, items.source, train, seed
-        # Shared, of each worker: its process, and the clip that it is reading (-1: none yet).
-        self.at_hand = torch.full((workers, 2), -1).share_memory_()
-
-    def started(self, worker: int) -> None:
-        self.at_hand[worker, 0] = os.getpid()
+        self.workers = workers
 
     def __getitem__(self, key: tuple[int, int]) -> Attempt:
         epoch, index = key
@@ -65,8 +60,7 @@ class _Attempts(Dataset):
             # An evaluation that draws, such as partners to mix, draws the same each time.
             torch.default_generator.manual_seed(random_seed(self.seed, epoch if self.train else 0, index))
             for attempt in range(attempts):
-                if (worker := get_worker_info()) is not None:
-                    self.at_hand[worker.id, 1] = index
+                self.workers.reads(index)
                 try:
                     return Attempt(self.items[index], errors, attempt + 1)
                 except ClipError as error:
@@ -91,10 +85,9 @@ def collate(source: Source, attempts: list[Attempt]) -> tuple[Batch | None, list
         for line, row in zip(labels, rows, strict=True):
             line[list(row.labels)] = 1
     label = torch.tensor([-1 if row.label is None else row.label for row in rows])
-    batch = Batch(torch.stack(images), torch.stack(waveforms), label, labels, torch.tensor(index),
-                  torch.tensor(start, dtype=torch.float64),
-                  None if masks[0] is None else torch.stack(masks))  # fmt: skip
-    return batch, errors, tried
+    batch = (torch.stack(images), torch.stack(waveforms), label, labels, torch.tensor(index),
+             torch.tensor(start, dtype=torch.float64), None if masks[0] is None else torch.stack(masks))  # fmt: skip
+    return Batch(*handed_over(batch)), errors, tried
 
 
 def check_failures(failed: int, tried: int, total: int, max_failed: float, last: list[ClipError], where: str) -> None:
@@ -104,18 +97,6 @@ def check_failures(failed: int, tried: int, total: int, max_failed: float, last:
         raise RuntimeError(
             f"{failed} of {tried} clips have failed, more than max_failed={max_failed:.0%}; {latest}{where}"
         )
-
-
-def iterator_of(loader: DataLoader) -> Iterator:
-    """`iter(loader)` without torch's handler of dead workers.
-
-    It raises wherever this process is, and names no clip: a death is found where a batch is missing.
-    """
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    batches = iter(loader)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
-    return batches
 
 
 def rows_by_class(source: Source) -> list[list[int]]:
@@ -149,6 +130,7 @@ class ClipLoader:
         seed: of everything random.
         balanced: for training, draw a class and then a clip of it, instead of going over all clips.
         num_workers: processes that decode ahead.
+        timeout: seconds without a batch of theirs that end the iteration.
         rank, world_size: this process of how many; None asks torch.distributed, where it is initialised.
         max_failed: the share of clips tried that may fail. It is taken of at least 200 clips (of the whole set if that
             is smaller), so that a bad one among the first does not end the run.
@@ -156,7 +138,7 @@ class ClipLoader:
             With several ranks each writes its own, <name>.rank<r><suffix>.
 
     `failures` are the clips that have failed, each once, by path. Iterating raises RuntimeError when too many have, and
-    when a worker dies: then with the clips that it was at.
+    when a worker dies or none gives anything: then with the clips that they were at.
     """
 
     def __init__(
@@ -168,6 +150,7 @@ class ClipLoader:
         seed: int = 0,
         balanced: bool = False,
         num_workers: int = 0,
+        timeout: float = TIMEOUT,
         rank: int | None = None,
         world_size: int | None = None,
         max_failed: float = 0.05,
@@ -187,12 +170,11 @@ class ClipLoader:
             count, batch_size, train=train, seed=seed, rank=rank, world_size=world_size,
             shards=getattr(self.source, "sizes", None), classes=rows_by_class(self.source) if balanced else None,
         )  # fmt: skip
-        self.attempts = _Attempts(items, train=train, seed=seed, workers=num_workers)
-        self.batches = DataLoader(
-            self.attempts, batch_sampler=self.sampler, collate_fn=partial(collate, self.source),
-            num_workers=num_workers, persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
-            worker_init_fn=self.attempts.started,
-            generator=torch.Generator(),  # of the workers' seeds, which nothing uses: spares the global generator
+        self.workers, self.timeout = Workers(num_workers), timeout
+        self.attempts = _Attempts(items, train=train, seed=seed, workers=self.workers)
+        self.batches = reading(
+            self.attempts, self.workers, batch_sampler=self.sampler, collate_fn=partial(collate, self.source),
+            pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         self.epoch = self.consumed = self.tried = self.failed = 0
         self.report = Path(report) if report is not None else None
@@ -208,27 +190,12 @@ class ClipLoader:
         if self.consumed and not self.sampler.rest(self.consumed):  # left after the last batch
             self.epoch, self.consumed = self.epoch + 1, 0
         self.sampler.epoch, self.sampler.consumed = self.epoch, self.consumed
-        batches = iterator_of(self.batches)
-        while (found := self._next(batches)) is not None:
-            batch, errors, tried = found
+        for batch, errors, tried in batches(self.batches, self.workers, self.source.name, self.timeout):
             self.consumed += self.sampler.global_batch
             self._count(errors, tried)
             if batch is not None:
-                yield batch
+                yield Batch(*received(batch))
         self.epoch, self.consumed = self.epoch + 1, 0
-
-    def _next(self, batches: Iterator) -> tuple[Batch | None, list[ClipError], int] | None:
-        try:
-            return next(batches, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            closing = 0.0 if isinstance(error, RuntimeError) else 5.0  # it has died while it was handing tensors over
-            held = self.held_by_dead_workers(closing)
-            if held is None:
-                raise
-            raise RuntimeError(
-                f"a worker has died while it was reading {', '.join(held) or 'nothing yet'} "
-                f"({type(error).__name__}: {error}); where memory ran out, take fewer workers"
-            ) from error
 
     def some(self, rows: list[int]) -> Batch:
         """A batch of the clips in these rows, read in this process; those that cannot be read are left out.
@@ -249,8 +216,7 @@ class ClipLoader:
             facts = (
                 {"path": e.path, "stream": e.stream, "reason": e.reason, "epoch": self.epoch} for e in new.values()
             )
-            with open(self.report, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(fact) + "\n" for fact in facts)
+            append_lines(self.report, map(json.dumps, facts))
         where = f"all are in {self.report}" if self.report else "`failures` lists them"
         check_failures(self.failed, self.tried, len(self.source.rows), self.max_failed, errors[-1:], where)
 
@@ -270,28 +236,10 @@ class ClipLoader:
         self.epoch, self.consumed = state["epoch"], state["consumed"]
         self.tried, self.failed = state["tried"], state["failed"]
 
-    def held_by_dead_workers(self, wait: float = 0.0) -> list[str] | None:
-        """The clips that workers were reading when they died; None where all live.
-
-        `wait` seconds for one that has closed its files and is about to end.
-        """
-        workers = {pid: index for pid, index in self.attempts.at_hand.tolist() if pid >= 0}
-        living = {child.pid: child for child in multiprocessing.active_children() if child.pid in workers}
-        if wait and len(living) == len(workers):
-            for sentinel in multiprocessing.connection.wait([child.sentinel for child in living.values()], wait):
-                # The system closes its end of the sentinel before the process is gone.
-                next(child for child in living.values() if child.sentinel == sentinel).join(wait)
-            living = {child.pid for child in multiprocessing.active_children()}
-        dead = [index for pid, index in workers.items() if pid not in living]
-        return [self.source.name(index) for index in dead if index >= 0] if dead else None
-
 
 def _reported(path: Path) -> dict[str, ClipError]:
     """The clips that a report names."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if text and not text.endswith("\n"):  # a run that was killed left its last line incomplete
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n")
     found = {}
     for line in text.splitlines():
         try:

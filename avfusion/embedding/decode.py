@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from avfusion.data.loader import iterator_of
+from avfusion.data.workers import TIMEOUT, Workers, batches, handed_over, reading, received
 from avfusion.media.clip import ClipError
 from avfusion.media.reader import Excerpt, read_windows
 from avfusion.media.transforms import image_pixels, preprocessing
@@ -24,6 +24,7 @@ from avfusion.media.windows import Plan
 from avfusion.models.deepavfusion import EncoderConfig
 
 Batch = dict[str, np.ndarray]
+LARGE = ("pixels", "waveform")
 
 
 class Decoder:
@@ -103,49 +104,42 @@ def _stacked(rows: list[dict]) -> Batch:
 class _Files(IterableDataset):
     """Batches of files that the processes of a loader take one after the other, each as it is free."""
 
-    def __init__(self, decoder: Decoder, files: Sequence[str], workers: int):
-        self.decoder, self.files = decoder, files
-        self.next = torch.multiprocessing.get_context().Value("q", 0)
-        self.at_hand = torch.full((max(workers, 1),), -1).share_memory_()  # which file each worker reads
+    def __init__(self, decoder: Decoder, files: Sequence[str], workers: Workers):
+        self.decoder, self.files, self.workers = decoder, files, workers
+        self.next = torch.multiprocessing.get_context().Value("q", 0) if workers.count else None
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[tuple[Batch, list]]:
         for batch in self.decoder.batches(self._own()):
-            # Tensors go to the other process through shared memory, where arrays are copied.
-            yield {name: x if x.dtype == object else torch.from_numpy(x) for name, x in batch.items()}
+            # What is large goes to the other process through shared memory.
+            large = handed_over(torch.from_numpy(batch.pop(name)) for name in LARGE)
+            yield batch, large
 
     def _own(self) -> Iterator[str]:
-        worker = get_worker_info()
+        if self.next is None:
+            yield from self.files
+            return
         while True:
             with self.next.get_lock():
                 number = self.next.value
                 self.next.value += 1
             if number >= len(self.files):
                 return
-            self.at_hand[worker.id if worker else 0] = number
+            self.workers.reads(number)
             yield self.files[number]
 
 
-def decoded(decoder: Decoder, files: Sequence[str], num_workers: int = 0) -> Iterator[Batch]:
+def _as_it_is(batch: tuple[Batch, list]) -> tuple[Batch, list]:
+    return batch
+
+
+def decoded(decoder: Decoder, files: Sequence[str], num_workers: int = 0, timeout: float = TIMEOUT) -> Iterator[Batch]:
     """Batches of the windows of `files`, decoded in this process or ahead in `num_workers` others.
 
-    Windows of a file come in order, files as they are done. Raises RuntimeError where a worker dies, with the files
-    that were read.
+    Windows of a file come in order, files as they are done. Raises RuntimeError where a worker dies, or nothing comes
+    for `timeout` seconds, with the files that were read.
     """
-    source = _Files(decoder, files, num_workers)
-    spared = torch.Generator()  # not the global generator
-    loader = DataLoader(source, batch_size=None, num_workers=num_workers, in_order=False, generator=spared)
-    batches = iterator_of(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            if not num_workers:
-                raise
-            held = ", ".join(files[number] for number in source.at_hand.tolist() if number >= 0)
-            raise RuntimeError(
-                f"a worker has died, or could not go on ({error}), while these were read: {held or 'none yet'}; where "
-                "memory ran out, take fewer workers"
-            ) from error
-        if batch is None:
-            return
-        yield {name: x if isinstance(x, np.ndarray) else x.numpy() for name, x in batch.items()}
+    workers = Workers(num_workers)
+    source = _Files(decoder, files, workers)
+    loader = reading(source, workers, batch_size=None, in_order=False, collate_fn=_as_it_is)
+    for batch, large in batches(loader, workers, lambda number: files[number], timeout):
+        yield batch | {name: x.numpy() for name, x in zip(LARGE, received(large), strict=True)}

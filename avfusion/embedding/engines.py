@@ -10,6 +10,7 @@ import torch
 
 from avfusion import distributed
 from avfusion.common import Progress
+from avfusion.data.workers import TIMEOUT
 from avfusion.embedding.decode import Decoder, decoded
 from avfusion.embedding.embed import Embedder
 from avfusion.embedding.store import Rows, Store, StoreError
@@ -17,13 +18,14 @@ from avfusion.media.clip import ClipError
 
 
 def embed_files(
-    embedder: Embedder, files: Sequence[str], store: Store, *, num_workers: int = 0,
+    embedder: Embedder, files: Sequence[str], store: Store, *, num_workers: int = 0, timeout: float = TIMEOUT,
     cluster: torch.device | None = None, progress: bool = False,
 ) -> list[ClipError]:  # fmt: skip
     """Write the features of files to a store, but for those that are there; returns what could not be read.
 
-    Of several processes of torchrun, each takes its share of the files, and gets what all could not read. `cluster`:
-    embed by Ray Data in the cluster that `join_cluster` has joined, on devices of this kind.
+    `num_workers` processes decode ahead; where they give nothing for `timeout` seconds, it ends. Of several processes
+    of torchrun, each takes its share of the files, and gets what all could not read. `cluster`: embed by Ray Data in
+    the cluster that `join_cluster` has joined, on devices of this kind.
 
     However it ends, what is done is written.
     """
@@ -33,7 +35,7 @@ def embed_files(
         rows = _ray(embedder, todo, cluster)
     else:
         todo = todo[distributed.rank() :: distributed.world_size()]
-        rows = map(embedder, decoded(embedder.decoder, todo, num_workers))
+        rows = map(embedder, decoded(embedder.decoder, todo, num_workers, timeout))
     failed = []
     try:
         with Progress(0, "window", show=progress and not distributed.rank()) as shown:
@@ -52,6 +54,7 @@ def embed_files(
                 )
         store.flush()
     except StoreError:
+        store.release()
         raise
     except BaseException:
         store.close(failed, stopped=True)

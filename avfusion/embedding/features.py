@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avfusion.common import writing
 from avfusion.embedding.store import DTYPES, FORMAT, POOLED, TOKENS, Rows, read_manifest, read_rows, shards, write_rows
+from avfusion.files import writing
 from avfusion.media.clip import ClipError
 from avfusion.models.deepavfusion import DeepAVFusion
 

@@ -10,7 +10,6 @@ What is done is read off the shards: a run that was stopped or killed goes on af
 import io
 import json
 import os
-import platform
 import re
 import struct
 import time
@@ -18,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 import numpy as np
 import safetensors.torch
 import torch
 
-from avfusion.common import write_json, writing
+from avfusion.files import Held, InUse, sorted_header, write_json, writing
 from avfusion.media.clip import ClipError
 from avfusion.remote import filesystem, is_remote
 
@@ -79,7 +77,7 @@ def _parquet(file: BinaryIO, rows: Rows, made: dict[str, Any]) -> None:
             column = pa.FixedSizeListArray.from_arrays(column, size)
         columns[name] = column
     table = pa.table(columns).replace_schema_metadata({"avfusion": json.dumps(made)})
-    pq.write_table(table, file, use_dictionary=["file"], compression="zstd")
+    pq.write_table(table, file, use_dictionary=["file"], compression="zstd", write_page_checksum=True)
 
 
 def _safetensors(file: BinaryIO, rows: Rows, made: dict[str, Any]) -> None:
@@ -88,7 +86,9 @@ def _safetensors(file: BinaryIO, rows: Rows, made: dict[str, Any]) -> None:
         name: torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[made["stored"]])
         for name, x in rows.items() if x.ndim > 1
     }  # fmt: skip
-    file.write(safetensors.torch.save(tensors, {"avfusion": json.dumps(made), "rows": json.dumps(facts)}))
+    content = safetensors.torch.save(tensors, {"avfusion": json.dumps(made), "rows": json.dumps(facts)})
+    (size,) = struct.unpack("<Q", content[:8])
+    file.write(content[:8] + sorted_header(content[8 : 8 + size]) + content[8 + size :])
 
 
 def read_rows(path: str, columns: Sequence[str] | None = None) -> tuple[Rows, dict[str, Any]]:
@@ -108,7 +108,7 @@ def _read_parquet(file, columns: Sequence[str] | None) -> tuple[Rows, dict[str, 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    whole = pq.ParquetFile(file)
+    whole = pq.ParquetFile(file, page_checksum_verification=True)
     made = json.loads(whole.schema_arrow.metadata[b"avfusion"])
     rows, table = {}, whole.read(None if columns is None else list(columns))
     for name in table.column_names:
@@ -201,25 +201,26 @@ class Store:
         self.whole: set[str] = set()
         self.begun: dict[str, set[int]] = {}
         self.rows, self.number, self.lock = 0, 0, None
+        try:
+            self._begin()
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self) -> None:
+        rank = self.rank
         if not is_remote(self.out) and rank == 0:
-            self._hold()
+            try:
+                self.lock = Held(self.out)
+            except InUse as error:
+                raise StoreError(str(error)) from None
+            for part in Path(self.out).glob(".*.part"):  # of a run that was killed
+                part.unlink()
         if (found := read_manifest(self.out)) is not None:
             self._compare(found["made"])
         elif rank == 0:
             self._write_manifest({})
         self._look()
-
-    def _hold(self) -> None:
-        Path(self.out).mkdir(parents=True, exist_ok=True)
-        holder, self.lock = Path(self.out, ".holder.json"), filelock.FileLock(Path(self.out, ".lock"), mode=0o644)
-        try:
-            self.lock.acquire(blocking=False)
-        except filelock.Timeout:
-            told = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
-            raise StoreError(f"{self.out}: in use by {told}: wait until it ends, or write to another folder") from None
-        for part in Path(self.out).glob(".*.part"):  # of a run that was killed
-            part.unlink()
-        holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
 
     def _compare(self, other: dict[str, Any]) -> None:
         told = "; ".join(
@@ -293,8 +294,13 @@ class Store:
                 "partly": {file: len(windows) for file, windows in sorted(self.begun.items())},
                 "failed": [error.args for error in failed],
             })  # fmt: skip
-            if self.lock is not None:
-                self.lock.release()
+        self.release()
+
+    def release(self) -> None:
+        """Leaves the folder to others."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     def _write_manifest(self, found: dict[str, Any]) -> None:
         content, path = {"made": self.made} | found, f"{self.out}/{MANIFEST}"

@@ -20,10 +20,10 @@ import safetensors
 import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avfusion.common import writing
+from avfusion.common import why
+from avfusion.files import save_tensors, writing
 from avfusion.models.deepavfusion import DeepAVFusion, EncoderConfig, ViT
 
 # What the authors' pre-training checkpoint holds beside the encoder.
@@ -94,9 +94,8 @@ def load_encoder(path: str | os.PathLike, config: EncoderConfig | None = None, *
 
 def save_encoder(model: DeepAVFusion, path: str | Path) -> None:
     """Writes weights and config to a safetensors file for `load_encoder`. The file appears whole or not at all."""
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
     with writing(path) as part:
-        save_file(state, part, metadata={"format": "pt", "config": json.dumps(asdict(model.config))})
+        save_tensors(part, model.state_dict(), {"config": json.dumps(asdict(model.config))})
 
 
 def load_unimodal(vit: ViT, source: str | Path) -> None:
@@ -170,7 +169,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # AudioMAE keeps its arguments in the file
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Not torch's message, whose advice is to load the file in an unsafe way.
+        reason = "UnpicklingError" if isinstance(error, pickle.UnpicklingError) else why(error)
         raise CheckpointError(
             f"{path}: not a checkpoint of plain tensors ({reason}). Files that need arbitrary pickle are refused; "
             "convert them to safetensors where you trust them"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avfusion.common import writing
+from avfusion.files import writing
 from avfusion.media.transforms import LogMel, normalize
 from avfusion.models.deepavfusion import DeepAVFusion
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from avfusion.common import Progress, unknown, write_json, writing
+from avfusion.common import Progress, unknown
+from avfusion.files import write_json, writing
 from avfusion.synth.layouts import LAYOUTS, annotations, clip_files, scene
 from avfusion.synth.render import mp4, render_frames, render_sources
 from avfusion.synth.scene import Settings

@@ -14,12 +14,12 @@ import safetensors
 import soundfile
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avfusion.common import meant, setting, write_json, writing
+from avfusion.common import meant, setting
 from avfusion.data.samples import Source
 from avfusion.data.tags import read_tags
+from avfusion.files import save_tensors, write_json, writing
 from avfusion.media.clip import Clip
 from avfusion.media.transforms import whole_frame
 from avfusion.models.checkpoint import PACKAGED, CheckpointError, load_encoder
@@ -190,12 +190,11 @@ def save_run(run: Path, path: Path) -> None:
     """Write a downstream run as one file for `load_run`: the weights of the last checkpoint, in float16."""
     task, model = load_run(run)
     own = dict(model.named_parameters())  # statistics of batch norms stay whole
-    state = {key: (x.half() if key in own else x).contiguous() for key, x in model.state_dict().items()}
+    state = {key: x.half() if key in own else x for key, x in model.state_dict().items()}
     facts = {"task": task.name, "settings": task.config.flat(),
              "data": {"classes": task.classes, "multi_label": task.multi_label}}  # fmt: skip
-    told = {"format": "pt", "config": json.dumps(asdict(task.encoder_config)), "run": json.dumps(facts)}
     with writing(path) as part:
-        save_file(state, part, metadata=told)
+        save_tensors(part, state, {"config": json.dumps(asdict(task.encoder_config)), "run": json.dumps(facts)})
 
 
 def _layout(config: DownstreamConfig) -> str:

@@ -57,6 +57,7 @@ class DataSettings(Checked):
     crop_min: float = setting(0.5, "smallest share of a frame that a random crop keeps")
     gain_db: float = setting(6.0, "largest random change of the volume, in dB")
     workers: int = setting(8, "processes that decode ahead, for each training process", least=0)
+    loader_timeout: int = setting(120, "seconds without a batch from these that end the run", least=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,9 +98,9 @@ class RunSettings(Checked):
 
 
 # Settings that may change when a run is resumed: they decide how it is computed and recorded, not what comes out.
-FREE = {"data", "eval_data", "shard_cache", "eval_clips", "eval_split", "workers", "accumulation", "compile",
-        "gradient_checkpointing", "fsdp", "peak_tflops", "save_steps", "keep", "eval_epochs", "log_steps", "tracker",
-        "max_bad_steps"}  # fmt: skip
+FREE = {"data", "eval_data", "shard_cache", "eval_clips", "eval_split", "workers", "loader_timeout", "accumulation",
+        "compile", "gradient_checkpointing", "fsdp", "peak_tflops", "save_steps", "keep", "eval_epochs", "log_steps",
+        "tracker", "max_bad_steps"}  # fmt: skip
 
 Config = TypeVar("Config", bound="TrainConfig")
 

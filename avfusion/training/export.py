@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avfusion.common import writing
+from avfusion.files import writing
 from avfusion.models.checkpoint import load_encoder, save_encoder
 from avfusion.training.run_folder import latest_checkpoint
 
@@ -51,8 +51,8 @@ def export(run: Path, out: Path | None = None, *, authors: bool = False) -> tupl
         moments = torch.load(last / "state.pt", map_location="cpu", weights_only=True)["optimizer"]
         started = [f"encoder.{name}." for name in ("image", "audio") if settings[f"{name}_weights"]]
         content |= {"optimizer": released_moments(moments, weights, started), "scaler": SCALER}
-    with writing(out) as part:
-        torch.save(content, part)
+    with writing(out) as part, open(part, "wb") as file:  # by its name, torch would call a folder inside by it
+        torch.save(content, file)
     return out, step
 
 

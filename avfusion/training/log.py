@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from avfusion import distributed
-from avfusion.common import Progress
+from avfusion.common import Progress, why
+from avfusion.files import append_lines
 from avfusion.training.config import TrainConfig
 
 # Dense peak in bfloat16, TFLOP/s, by what the device calls itself.
@@ -54,8 +55,7 @@ class Log:
 
     def _write(self, **facts: Any) -> None:
         if self.path:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 1)} | facts) + "\n")
+            append_lines(self.path, [json.dumps({"time": round(time.time(), 1)} | facts)])
 
     def restart(self, step: int) -> None:
         """Speed is counted from here on."""
@@ -90,7 +90,7 @@ class Log:
         self.progress.__exit__()
         if kind:
             with suppress(OSError):  # a full disk is what may have failed
-                self._write(state="failed", why=f"{kind.__name__}: {error}")
+                self._write(state="failed", why=why(error))
         else:
             self._write(state=self.state)
         if self.tensorboard:

@@ -10,7 +10,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable
-from contextlib import ContextDecorator, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from avfusion import distributed
 from avfusion.data.loader import ClipLoader
 from avfusion.data.sampler import random_seed
 from avfusion.data.samples import Source
+from avfusion.files import Held
 from avfusion.models.deepavfusion import Block
 from avfusion.training.config import TrainConfig, check_resumable
 from avfusion.training.log import Log, check_tracker
@@ -34,6 +35,8 @@ from avfusion.training.run_folder import (
     NAMED,
     Curve,
     RunError,
+    checkpoints,
+    last_of,
     latest_checkpoint,
     load_checkpoint,
     note_skipped,
@@ -46,7 +49,7 @@ from avfusion.training.task import Task, spread
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class _Stop(ContextDecorator):
+class _Stop:
     """Notes SIGTERM and SIGINT (Ctrl-C), while it is entered, instead of ending the process; a second Ctrl-C ends it.
 
     Workers of loaders inherit that and live.
@@ -66,30 +69,41 @@ class _Stop(ContextDecorator):
         if self.received == number == signal.SIGINT and os.getpid() == self.owner:
             raise KeyboardInterrupt
         self.received = number
+        if number == signal.SIGINT and os.getpid() == self.owner and not distributed.rank():
+            os.write(2, b"\nstops after this step and saves it; Ctrl-C again ends it at once\n")  # print may be at work
 
 
 STOP = _Stop()
 
 
-@STOP
 def train(
     task: Task, out: str | os.PathLike, *, resume: bool = False, device: str | torch.device | None = None
 ) -> bool:
     """Train a task's model as its settings say, in the folder `out`; True at its end, False where a signal stopped it.
 
     Works in one process, and in each of several that torchrun has started; on `device`, or on GPUs where there are any.
-    `resume` goes on from the last checkpoint in `out`, if there is one. SIGTERM and Ctrl-C end it with a checkpoint.
+    `resume` goes on from the last whole checkpoint in `out`, if there is one. SIGTERM and Ctrl-C end it with one.
 
     Raises:
         ValueError: settings, data or a checkpoint do not fit, or `out` holds a run already.
+        InUse: another process trains in `out`.
         RunError: too many steps in a row were not finite; a checkpoint could not be written.
-        RuntimeError: too many clips failed; a worker died.
+        RuntimeError: too many clips failed; a worker died, or none gave anything.
     """
-    out, config, device = Path(out), task.config, distributed.start(device)
-    optim, run, ranks = config.optim, config.run, distributed.world_size()
+    out, device = Path(out), distributed.start(device)
+    check_writable(out)
+    with nullcontext() if distributed.rank() else Held(out):
+        return _train(task, out, resume, device)
+
+
+def _train(task: Task, out: Path, resume: bool, device: torch.device) -> bool:
+    config, ranks = task.config, distributed.world_size()
+    optim, run = config.optim, config.run
 
     # What can be checked is, before anything takes long.
-    last, part = check_folder(task, out, resume), part_of_a_step(config)
+    with distributed.first():  # it puts a damaged checkpoint aside
+        last = check_folder(task, out, resume)
+    part = part_of_a_step(config)
     config.check_new()
     check_tracker(config)
     task.check()
@@ -141,7 +155,7 @@ def train(
     )  # fmt: skip
     found = Found(taking, out, source, steps, run.max_bad_steps, bad)
     log = Log(out, config, device, step=step, total=total, flop=flop)
-    with log:
+    with STOP, log:
         # At the beginning, and after a stop at an epoch's end.
         if evaluation.due(step) and not (last and curve.has(step)):
             log.values(step, evaluation(step))
@@ -183,16 +197,23 @@ def train(
 
 
 def check_folder(task: Task, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if there is one. Raises ValueError where the folder cannot be used."""
-    last = latest_checkpoint(out)
-    if last and not resume:
+    """The checkpoint to go on from, if there is one. Raises ValueError where the folder is of another run."""
+    if not checkpoints(out):
+        return None
+    if not resume:
         raise ValueError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
-    if last:
-        check_resumable(task.config, out, task.name)
-    out.mkdir(parents=True, exist_ok=True)
+    check_resumable(task.config, out, task.name)
+    return latest_checkpoint(out, aside=not distributed.rank())
+
+
+def check_writable(out: Path) -> None:
+    """Makes the folder of a run. Raises ValueError where that cannot be, or it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
     if not os.access(out, os.W_OK):
         raise ValueError(f"{out}: cannot be written to; choose another --out")
-    return last
 
 
 def part_of_a_step(config: TrainConfig) -> int:
@@ -266,7 +287,7 @@ class Found:
                 raise RunError(
                     f"step {step}, in epoch {step // self.steps}: {values}, the {self.bad}. step in a row that is not "
                     f"finite. Its clips: {', '.join(names[:NAMED])}{' ...' if len(names) > NAMED else ''} (all are in "
-                    f"{self.out / 'skipped.jsonl'}). The last good checkpoint: {latest_checkpoint(self.out)}"
+                    f"{self.out / 'skipped.jsonl'}). The last good checkpoint: {last_of(self.out)}"
                 )
 
     def means(self) -> str:

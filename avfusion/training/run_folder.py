@@ -1,7 +1,8 @@
 """The folder of a training run: what it was made with, its checkpoints, what it skipped, its curve.
 
 run.json                        settings, code, data
-checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in the data, generators
+checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in the data, generators; manifest.json:
+                                the digests of both
 log.jsonl                       losses and speed on the way; that it runs, ended, or why it failed
 skipped.jsonl                   steps whose loss or gradient was not finite
 evaluations.csv, .png           what evaluations on the way have found
@@ -15,24 +16,27 @@ import platform
 import re
 import shutil
 import subprocess
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import avfkernels
 from avfusion import distributed
-from avfusion.common import write_json, writing
+from avfusion.common import why
 from avfusion.data.loader import ClipLoader, multi_label
 from avfusion.data.samples import Source
+from avfusion.files import append_lines, read_json, save_tensors, sha256, write_json, writing
 from avfusion.training.runs import read_evaluations
 from avfusion.training.task import Task
 
+FILES, MANIFEST = ("model.safetensors", "state.pt"), "manifest.json"  # of a checkpoint
 NAMED = 8  # clips that an error message names
 # Of an optimizer's groups: how this process computes, and no part of a run.
 HOW = ("lr", "fused", "foreach", "capturable", "differentiable", "maximize")
@@ -100,10 +104,58 @@ def _git_version() -> str | None:
         return None
 
 
-def latest_checkpoint(out: Path) -> Path | None:
-    """The folder of a run's last checkpoint. Folders appear under this name when they are complete."""
-    return max((path for path in out.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8}", path.name)),
-               default=None)  # fmt: skip
+def checkpoints(out: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the last one last. They appear under these names when they are complete."""
+    return sorted(path for path in out.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def latest_checkpoint(out: Path, *, aside: bool = False) -> Path | None:
+    """The last checkpoint of a run whose files are what was written; None where the run has none at all.
+
+    Each after it is named in a warning and, if it is to be put `aside`, renamed to damaged-step-00001200. Raises
+    ValueError where none is whole.
+    """
+    found, damaged = checkpoints(out), []
+    for path in reversed(found):
+        if not (wrong := damage(path)):
+            for other, what in damaged:
+                kept = f", kept as {_put_aside(other).name}" if aside else ""
+                warnings.warn(f"{other}: damaged ({what}){kept}; {path.name} is taken", stacklevel=2)
+            return path
+        damaged.append((path, wrong))
+    if damaged:
+        told = "; ".join(f"{path.name}: {what}" for path, what in damaged)
+        raise ValueError(f"{out}: none of its checkpoints is whole ({told}): copy one back from elsewhere, or begin "
+                         "anew with another --out")  # fmt: skip
+    return None
+
+
+def last_of(out: Path) -> str:
+    """The last checkpoint's name for a message, unchecked."""
+    return str(max(checkpoints(out), default="none"))
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint by its manifest; nothing where all is well."""
+    for name in FILES:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    if not (checkpoint / MANIFEST).exists():  # of a version before 0.2
+        return ""
+    try:
+        for name, digest in read_json(checkpoint / MANIFEST)["sha256"].items():
+            if sha256(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return why(error)
+    return ""
+
+
+def _put_aside(checkpoint: Path) -> Path:
+    path, number = checkpoint.with_name(f"damaged-{checkpoint.name}"), 1
+    while path.exists():
+        path, number = path.with_name(f"damaged-{checkpoint.name}-{number + 1}"), number + 1
+    return checkpoint.rename(path)
 
 
 def save_checkpoint(
@@ -129,22 +181,20 @@ def save_checkpoint(
         part = path.with_name(f".{path.name}.part")
         state = {"step": step, "bad": bad, "loader": loader.state_dict(), "generators": generators,
                  "optimizer": moments}  # fmt: skip
-        config = json.dumps(asdict(model.encoder.config))
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            weights = {key: value.contiguous() for key, value in weights.items()}
-            with writing(part / "model.safetensors") as file:
-                save_file(weights, file, metadata={"format": "pt", "config": config})
-            torch.save(state, part / "state.pt")
+            save_tensors(part / FILES[0], weights, {"config": json.dumps(asdict(model.encoder.config))})
+            torch.save(state, part / FILES[1])
+            write_json(part / MANIFEST, {"sha256": {name: sha256(part / name) for name in FILES}})
             for file in part.iterdir():  # on the disk before the name is
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
             os.replace(part, path)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
-            raise RunError(f"{path}: cannot be written ({error}); the last good checkpoint is "
-                           f"{latest_checkpoint(out)}. Make room, then --resume") from error  # fmt: skip
+            raise RunError(f"{path}: cannot be written ({why(error)}); the last good checkpoint is "
+                           f"{last_of(out)}. Make room, then --resume") from error  # fmt: skip
         for old in sorted(path.parent.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
@@ -161,18 +211,18 @@ def load_checkpoint(
     Raises ValueError where the checkpoint is of other data, or its files are damaged or of another model.
     """
     try:
-        weights = load_file(path / "model.safetensors")
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        weights = load_file(path / FILES[0])
+        state = torch.load(path / FILES[1], map_location="cpu", weights_only=True)
         own = [{key: group[key] for key in HOW if key in group} for group in optimizer.param_groups]
         set_state_dict(
             model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )  # fmt: skip
-    except (OSError, EOFError, RuntimeError, KeyError, UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # whatever torch and safetensors make of a file that is none
         # Not torch's message, whose advice is to load the file in an unsafe way.
-        reason = "it is no file of plain tensors" if isinstance(error, UnpicklingError) else str(error).split("\n")[0]
-        raise ValueError(f"{path}: cannot be resumed ({type(error).__name__}: {reason}): it is damaged, or of another "
-                         "model; remove it to go on from the one before") from error  # fmt: skip
+        reason = "state.pt is no file of plain tensors" if isinstance(error, UnpicklingError) else why(error)
+        raise ValueError(f"{path}: cannot be resumed ({reason}): it is damaged, or of another model; remove it to "
+                         "go on from the one before") from error  # fmt: skip
     for group, options in zip(optimizer.param_groups, own, strict=True):
         group |= options
     for moments in optimizer.state.values():
@@ -199,6 +249,6 @@ def note_skipped(out: Path, step: int, values: dict[str, float], source: Source,
     """
     clips = [source.name(i) for i in distributed.gather(index)]
     if not distributed.rank():
-        with open(out / "skipped.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {k: repr(v) for k, v in values.items()} | {"clips": clips}) + "\n")
+        fact = {"step": step} | {k: repr(v) for k, v in values.items()} | {"clips": clips}
+        append_lines(out / "skipped.jsonl", [json.dumps(fact)])
     return clips

@@ -152,7 +152,7 @@ class Task(ABC):
         items = Tensors(samples, self.transform(train=train), gain_db=config.data.gain_db if train else 0.0)
         seed = config.optim.seed if train else 0
         return ClipLoader(items, batch_size, train=train, seed=seed, balanced=train and config.data.balanced,
-                          num_workers=config.data.workers, **options)  # fmt: skip
+                          num_workers=config.data.workers, timeout=config.data.loader_timeout, **options)  # fmt: skip
 
     def flop(self) -> int:
         """FLOP of a training step for one clip, forward and backward, as matrix products; recomputation not counted."""

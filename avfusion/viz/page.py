@@ -26,8 +26,8 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
-from avfusion.common import writing
 from avfusion.data.table import Row, Table, read_whole_row
+from avfusion.files import writing
 from avfusion.media.clip import ClipError
 from avfusion.media.transforms import LogMel
 

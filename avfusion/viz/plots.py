@@ -19,6 +19,7 @@ from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor
 
+from avfusion.files import writing
 from avfusion.media.clip import Clip
 from avfusion.media.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -100,7 +101,7 @@ def plot_clip(
             _spectrogram(panel, decibels, span, "gray")
             _heat(panel, over_audio[token], _extent(spectrogram, span), "lower", over_audio[:shown])
             _bare(panel)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 QUANTITIES = {  # what a score is, by how its name begins or what is in it
@@ -178,7 +179,7 @@ def plot_clips(
             decibels = 10 * values[clip].float().cpu().numpy()
             panel.imshow(decibels, cmap=SPECTROGRAM, vmin=top - 80, vmax=top, origin="lower", aspect="auto")
             _bare(panel, name if clip == 0 else "")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_overlay(path: str | os.PathLike, frame: Image.Image, values: Tensor) -> None:
@@ -189,7 +190,12 @@ def plot_overlay(path: str | os.PathLike, frame: Image.Image, values: Tensor) ->
     panel.imshow(values.float().cpu().numpy(), cmap=ATTENTION, alpha=0.5, interpolation="bilinear",
                  extent=(-0.5, frame.width - 0.5, frame.height - 0.5, -0.5))  # fmt: skip
     panel.set_axis_off()
-    figure.savefig(path)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    with writing(path) as part:
+        figure.savefig(part, format="png")
 
 
 def plot_reconstructions(path: str | os.PathLike, *shown: Tensor) -> None:
@@ -214,7 +220,7 @@ def plot_reconstructions(path: str | os.PathLike, *shown: Tensor) -> None:
             else:
                 panel.imshow(decibels[number - 3].numpy(), cmap=SPECTROGRAM, vmin=top - 80, vmax=top, origin="lower")
             _bare(panel, titles[number] if clip == 0 else "")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def pixels(image: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avfusion.common import writing
+from avfusion.files import writing
 from avfusion.media.transforms import LogMel, normalize
 from avfusion.synth.render import render_frames, render_sources
 from avfusion.synth.scene import Scene, Settings, draw_scene

@@ -11,7 +11,7 @@ import avfusion
 
 ROOT = Path(avfusion.__file__).parents[1]
 # From the ground up. Rooms on one floor do not know each other, but for the pairs in BESIDE.
-FLOORS = ({"common", "distributed", "remote"}, {"media", "models", "synth"}, {"data", "metrics"},
+FLOORS = ({"common", "files", "distributed", "remote"}, {"media", "models", "synth"}, {"data", "metrics"},
           {"training", "embedding"}, {"tasks", "viz"}, {"cli"})  # fmt: skip
 BESIDE = {("models", "media"), ("tasks", "viz")}
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

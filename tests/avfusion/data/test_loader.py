@@ -338,8 +338,8 @@ def test_a_worker_that_has_closed_its_files_and_still_runs_counts_as_dead():
                      for target, args in ((time.sleep, (60,)), (close_files_and_end, ())))  # fmt: skip
     try:
         alive.start(), ending.start()
-        mine.attempts.at_hand.copy_(torch.tensor([[alive.pid, 3], [ending.pid, 5]]))
-        assert mine.held_by_dead_workers(wait=5) == ["fake/5.mp4"]
+        mine.workers.table[:] = [alive.pid, 3, ending.pid, 5]
+        assert mine.workers.held_by_dead(wait=5) == [5]
     finally:
         alive.kill(), alive.join(), ending.join()
 

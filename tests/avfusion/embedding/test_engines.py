@@ -114,7 +114,7 @@ def test_a_worker_that_dies_is_told_with_its_files(made, tmp_path, capsys, monke
     assert main(line(made, tmp_path / "f", "--workers", "1")) == 1
     told = capsys.readouterr().err
     assert "a worker has died" in told
-    assert f"while these were read: {made / '0.mp4'}" in told
+    assert f"while it was reading {made / '0.mp4'} (" in told
     assert "Traceback" not in told
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from avfusion import CheckpointError, DeepAVFusion, EncoderConfig, load_encoder, save_encoder
+from avfusion import CheckpointError, DeepAVFusion, EncoderConfig, files, load_encoder, save_encoder
 from avfusion.models import checkpoint
 from avfusion.models.checkpoint import _infer_config, load_unimodal
 from avfusion.tasks.pretrain import PRESETS, PretrainConfig
@@ -280,7 +280,7 @@ def test_a_failed_save_leaves_the_old_file_alone(model, tmp_path, monkeypatch):
         filename.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", disk_full)
+    monkeypatch.setattr(files, "save_file", disk_full)
     with pytest.raises(OSError, match="disk full"):
         save_encoder(DeepAVFusion(CONFIG), path)
     assert list(tmp_path.iterdir()) == [path]

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from avfusion import DeepAVFusion, data, load_encoder
 from avfusion.cli import main
+from avfusion.files import Held
 from avfusion.synth.make import synthesize
 from avfusion.synth.scene import Settings
 from avfusion.tasks.pretrain import Pretrain, PretrainConfig
@@ -28,7 +29,7 @@ from avfusion.training import run_folder
 from avfusion.training.config import load_config
 from avfusion.training.export import export
 from avfusion.training.optim import rise, set_rate
-from avfusion.training.run_folder import RunError, latest_checkpoint
+from avfusion.training.run_folder import RunError, checkpoints, latest_checkpoint
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 STEPS = 9  # of the runs below: 12 clips, 4 a step, 3 epochs
@@ -147,7 +148,7 @@ def test_killed_while_it_computes_and_resumed_by_the_command_line(config, undist
     config, out = config.but(save_steps=1), tmp_path / "run"
     line = [sys.executable, "-m", "avfusion", *command(config, "--out", out)]
     with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        while process.poll() is None and (latest_checkpoint(out) or out).name < "step-00000004":
+        while process.poll() is None and max(checkpoints(out), default=out).name < "step-00000004":
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -162,7 +163,7 @@ def test_twenty_random_kills_change_no_bit(config, undisturbed, tmp_path):
     for kill in range(20):
         wanted = f"step-{min(1 + kill // 3, STEPS - 1):08d}"
         with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-            while process.poll() is None and (latest_checkpoint(out) or out).name < wanted:
+            while process.poll() is None and max(checkpoints(out), default=out).name < wanted:
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.2))  # anywhere in a step or a save
             process.kill()
@@ -357,19 +358,105 @@ def test_an_empty_data_set_is_named_on_the_command_line(config, tmp_path, capsys
     assert f"{tmp_path / 'empty'}: none of the 0 clips of folder is there" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_named(config, undisturbed, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("place", ["header", "middle"])
+def test_bug_rot_inside_a_checkpoint_was_resumed_without_a_word(config, undisturbed, tmp_path, capsys, name, place):
+    """The one before is taken, and the damaged one kept."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    last = out / "checkpoints" / "step-00000009"
+    with open(last / name, "rb+") as file:
+        file.seek({"header": 20, "middle": (last / name).stat().st_size // 2}[place])
+        file.write(bytes(1000))
+    assert main(command(config, "--out", out, "--resume")) == 0
+    told = capsys.readouterr()
+    assert (f"avfusion pretrain: warning: {last}: damaged ({name} is not what was written), kept as "
+            "damaged-step-00000009; step-00000006 is taken\n") in told.err  # fmt: skip
+    assert "goes on after step 6 from" in told.out
+    assert (out / "checkpoints/damaged-step-00000009" / name).exists()
+    assert_same_run(undisturbed, out)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.train(Pretrain(config), out)
+
+
+def test_an_export_takes_the_last_whole_checkpoint_and_renames_nothing(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    (out / "checkpoints/step-00000009/state.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"step-00000009: damaged .state\.pt is not .*; step-00000006 is taken"):
+        assert export(out)[1] == 6
+    assert (out / "checkpoints/step-00000009").exists()
+
+
+def test_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(config, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    for folder in (out / "checkpoints").iterdir():
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"none of its checkpoints is whole .*9: model\.safetensors is missing; step-.*6: "
+    ):
+        train.train(Pretrain(config), out, resume=True)
+
+
+def test_damaged_checkpoints_of_old_versions_are_named(config, undisturbed, tmp_path):
+    """They have no manifest. The message has a reason, and not torch's advice to load what is unsafe."""
     folder = tmp_path / "run" / "checkpoints" / "step-00000003"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "run.json").write_text((undisturbed / "run.json").read_text())
-    (folder / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"step-00000003: cannot be resumed .*remove it"):
-        train.train(Pretrain(config), tmp_path / "run", resume=True)
-    good = undisturbed / "checkpoints" / "step-00000009" / "model.safetensors"
-    (folder / "model.safetensors").write_bytes(good.read_bytes())
-    for content in (b"", b"half"):
-        (folder / "state.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"step-00000003: cannot be resumed .*remove it"):
-            train.train(Pretrain(config), tmp_path / "run", resume=True)
+    good = undisturbed / "checkpoints" / "step-00000009"
+    torch.save({"x": Crash()}, tmp_path / "pickle")
+    for content in (b"", b"half", (tmp_path / "pickle").read_bytes()):
+        for name in ("model.safetensors", "state.pt"):
+            shutil.copy(good / "model.safetensors", folder)
+            shutil.copy(good / "state.pt", folder)
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=r"step-00000003: cannot be resumed \(\w.*\): .*remove it") as told:
+                train.train(Pretrain(config), tmp_path / "run", resume=True)
+            assert "weights_only" not in str(told.value)
+
+
+def test_checkpoints_of_the_same_run_are_the_same_bytes(config, undisturbed, tmp_path):
+    assert train.train(Pretrain(config), tmp_path / "run")
+    for name in ("model.safetensors", "state.pt", "manifest.json"):
+        one, other = (out / "checkpoints/step-00000009" / name for out in (undisturbed, tmp_path / "run"))
+        assert one.read_bytes() == other.read_bytes(), name
+
+
+@pytest.mark.parametrize("authors", [False, True])
+def test_exports_of_the_same_run_are_the_same_bytes(undisturbed, tmp_path, authors):
+    suffix = "pth" if authors else "safetensors"
+    files = [export(undisturbed, tmp_path / f"{name}.{suffix}", authors=authors)[0] for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_bug_two_processes_on_one_run_overwrote_each_other(config, tmp_path, capsys):
+    out = tmp_path / "run"
+    with Held(out):
+        assert main(command(config, "--out", out)) == 1
+    assert f"avfusion pretrain: error: {out}: in use by this process: wait until it ends" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+# A process of its own, which starts torch and takes some steps.
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_and_twice_ends_it_now(config, undisturbed, tmp_path, times):
+    config, out = config.but(save_steps=1, workers=1), tmp_path / "run"
+    line = [sys.executable, "-m", "avfusion", *command(config, "--out", out)]
+    with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:  # fmt: skip
+        while process.poll() is None and not checkpoints(out):
+            time.sleep(0.01)
+        for _ in range(times):  # a terminal sends it to all processes of the group
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.001)
+        told = process.communicate()[1]
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert "stops after this step and saves it; Ctrl-C again ends it at once" in told
+    assert not list(out.glob("checkpoints/.*"))
+    assert main(command(config, "--out", out, "--resume")) == 0
+    assert_same_run(undisturbed, out)
 
 
 def test_probes_pictures_and_log(config, tmp_path):
