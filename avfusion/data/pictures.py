@@ -24,6 +24,9 @@ from avfusion.data.table import (
     warn_of_boxes,
 )
 from avfusion.data.vggsound import SPLITS, read_vggss
+from avfusion.files import XML_BYTES, check_size
+from avfusion.media.limits import check_pixels
+from avfusion.media.stills import PICTURE_ERRORS
 
 AVSBENCH = ("v1s", "v1m", "v2")  # its subsets
 
@@ -73,8 +76,9 @@ def read_mask(path: Path) -> np.ndarray:
     """Class indices [H, W] uint8. Raises `LayoutError` where the file is no picture of class indices."""
     try:
         with Image.open(path) as image:
+            check_pixels(str(path), *image.size)
             mask = np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except PICTURE_ERRORS as error:
         raise LayoutError(f"{path}: {error}") from error
     if mask.ndim != 2:
         raise LayoutError(f"{path}: a picture in colours, expected one channel of class indices")
@@ -153,6 +157,10 @@ FLICKR_SIZE = 256  # the boxes are in pixels of a frame of 256 x 256
 
 
 def _flickr_boxes(path: Path) -> list[tuple[Box, bool]]:
+    try:
+        check_size(path, XML_BYTES)
+    except ValueError as error:
+        raise LayoutError(str(error)) from error
     try:
         boxes = [
             [int(box.findtext(corner)) / FLICKR_SIZE for corner in ("xmin", "ymin", "xmax", "ymax")]

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from avfusion import files
 from avfusion.common import unknown
 from avfusion.media.clip import Clip
 from avfusion.media.reader import read_clip, read_whole
@@ -187,12 +188,13 @@ def first_file(folder: Path, *names: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
+    """Raises LayoutError where there is none, or `avfusion.files` refuses it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json(path)
     except FileNotFoundError:
         raise LayoutError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise LayoutError(f"{path}: no valid JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise LayoutError(str(error)) from error
 
 
 def clipped_box(corners: Any, where: str) -> tuple[Box, bool]:

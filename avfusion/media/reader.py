@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from avfusion.media.clip import Clip, ClipError
+from avfusion.media.limits import WINDOWS
 from avfusion.media.streams import Streams, opened
 from avfusion.media.windows import Plan, View, Window
 
@@ -99,6 +100,9 @@ def read_windows(
     with ExitStack() as stack:
         eyes = ears = Streams(path, stack.enter_context(opened(path)))
         video, audio = eyes.extent["video"], eyes.extent["audio"]
+        if plan.every is not None and (min(video[1], audio[1]) / plan.every) > WINDOWS:
+            raise ClipError(path, "file", f"it says that it lasts {min(video[1], audio[1]):.0f} s, which are more than "
+                                          f"{WINDOWS:,} windows: cut it, or take fewer")  # fmt: skip
         starts, placed, outside = plan.starts(video, audio, duration), [], None
         for number, start in enumerate(starts):
             try:

@@ -1,6 +1,7 @@
 """Clips that are no video files: a sound file, and pictures taken at known times of it."""
 
 import bisect
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from avfusion.media.clip import Clip, ClipError
+from avfusion.media.limits import check_pixels, check_rates
 from avfusion.media.windows import Window, reflect, span_to_resample
 
 # What PIL raises for files that are no pictures, damaged, or pretend to be gigantic.
@@ -30,10 +32,19 @@ def read_stills(path: Path, audio: Path, **window) -> Clip:
 
 
 def read_whole_stills(
-    path: Path, audio: Path, *, sample_rate: int, transform: Callable[[Image.Image], Any] = lambda image: image
+    path: Path,
+    audio: Path,
+    *,
+    sample_rate: int,
+    max_duration: float = 600.0,
+    transform: Callable[[Image.Image], Any] = lambda image: image,
 ) -> tuple[list[tuple[float, Any]], Tensor]:
     """`read_whole` for such files: every picture with its time, and the whole sound."""
     times, pictures = _pictures(path)
+    if (length := length_of_sound(audio)) > max_duration:
+        raise ClipError(
+            os.fspath(path), "audio", f"{length:.0f} s long, more than {max_duration:.0f} s: cut it into clips"
+        )
     try:
         samples, rate = soundfile.read(audio, dtype="float32", always_2d=True)
     except (OSError, soundfile.SoundFileRuntimeError) as error:
@@ -64,6 +75,7 @@ def _pictures(path: Path) -> tuple[list[float], list[Path]]:
 
 def _sound(path: str, samples: np.ndarray, rate: int, sample_rate: int) -> Tensor:
     """[samples, channels] at one rate -> mono at another, [1, samples] in [-1, 1]."""
+    check_rates(path, rate, sample_rate, math.gcd(rate, sample_rate))
     waveform = torch.from_numpy(samples).mean(1)[None]
     if not waveform.isfinite().all():
         raise ClipError(path, "audio", "the samples are not finite: export the clip again")
@@ -95,6 +107,7 @@ def _window_of_sound(path: str, audio: Path | BinaryIO, window: Window) -> tuple
     try:
         with soundfile.SoundFile(audio) as sound:
             rate, length = sound.samplerate, sound.frames / sound.samplerate
+            check_rates(path, rate, window.sample_rate, math.gcd(rate, window.sample_rate))
             if not length:
                 raise ClipError(path, "audio", "it is empty: fetch or export the clip again")
             first, (moment,) = window.place(path, (0.0, length), (0.0, length))
@@ -115,6 +128,9 @@ def read_picture(path: str, file: Path | BinaryIO) -> Image.Image:
     """A picture in RGB, or a `ClipError` of `path`."""
     try:
         with Image.open(file) as image:
+            check_pixels(path, *image.size)
             return image.convert("RGB")
+    except ClipError:
+        raise
     except PICTURE_ERRORS as error:
         raise ClipError(path, "video", f"the picture cannot be decoded: {error}") from error

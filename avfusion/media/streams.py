@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from avfusion.media.clip import ClipError
+from avfusion.media.limits import check_decoded, check_pixels, check_rates
 from avfusion.media.windows import Span, reflect, span_to_resample
 from avfusion.remote import is_remote, open_remote
 
@@ -95,6 +96,8 @@ class Streams:
             raise ClipError(self.path, kind, f"no {kind} stream in the file: the model needs picture and sound")
         if stream.codec_context is None:
             raise ClipError(self.path, kind, "no decoder for its codec: convert it to H.264 and AAC, for instance")
+        if kind == "video":
+            check_pixels(self.path, stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.thread_count = torch.get_num_threads()  # one in the workers of a DataLoader
         return stream
 
@@ -171,12 +174,14 @@ class Streams:
                     if near and near[0][0] <= target:
                         break
                 jumps = bool(near) and near[0][0] > reached  # else keyframes are too far apart for it
+            check_decoded(self.path, "video", target - near[0][0] if near else 0.0)
             while not near or near[-1][0] <= target:
                 if (latest := next(decoded, None)) is None:
                     break
                 near = [*near[-1:], latest]
             self._check_end(near, target)
             time, frame = min(near, key=lambda found: abs(found[0] - target))
+            check_pixels(self.path, frame.width, frame.height)  # it may change on the way
             yield _upright(frame), time
 
     def _check_end(self, near: list[tuple[float, av.VideoFrame]], target: float) -> None:
@@ -194,6 +199,7 @@ class Streams:
         Each is [1, samples].
         """
         rate, (sounds_from, sounds_until) = self.streams["audio"].rate, self.extent["audio"]
+        check_rates(self.path, rate, sample_rate, math.gcd(rate, sample_rate))
         held: deque[tuple[int, np.ndarray]] = deque()  # what is decoded and still needed, with its first sample
         decoded, reached = None, None  # up to which sample it is
         for first in firsts:
@@ -211,6 +217,7 @@ class Streams:
                     raise ClipError(
                         self.path, "audio", f"the sample rate changes from {rate} to {frame.sample_rate} Hz"
                     )
+                check_decoded(self.path, "audio", begin / rate - time)
                 at = round(time * rate)
                 if reached is not None and abs(at - reached) < 0.005 * rate:
                     at = reached  # rounded timestamps must not tear neighbouring frames apart

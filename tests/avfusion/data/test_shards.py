@@ -18,6 +18,8 @@ from PIL import Image
 
 from avfusion import ClipError, cli, data, read_clip
 from avfusion.data import packing
+from avfusion.data import shards as shards_module
+from avfusion.files import sha256
 from avfusion.media.transforms import image_transform
 
 RATE = 16000
@@ -254,6 +256,65 @@ def test_damaged_shards_cost_only_the_clips_that_are_hit(copy, tmp_path):
 def test_damaged_index_is_refused(copy, name, change, message):
     (copy / name).write_text(change((copy / name).read_text()))
     with pytest.raises(data.LayoutError, match=message):
+        data.Shards(copy)
+
+
+def test_bug_a_missing_or_short_shard_was_found_in_the_middle_of_training(copy):
+    """They are found when the set is opened, all of them."""
+    (copy / "00000.tar").unlink()
+    size = (copy / "00001.tar").stat().st_size
+    cut(copy / "00001.tar", 0.5)
+    (copy / "00002.json").unlink()
+    half = (copy / "00001.tar").stat().st_size
+    with pytest.raises(data.LayoutError) as told:
+        data.Shards(copy)
+    assert str(told.value) == (
+        f"{copy}: not all of its 3 shards are whole: 00000.tar is missing; 00001.tar has {half:,} of {size:,} bytes; "
+        "00002.json is missing. Copy them again, or delete these and pack the set again"
+    )
+
+
+def test_what_is_deleted_is_packed_again(copy, folder, packed):
+    (copy / "00000.tar").unlink()
+    (copy / "00002.json").write_text("{")
+    data.pack(folder, copy, **SMALL, max_failed=0.1)
+    data.Shards(copy)
+    assert all((copy / name).read_bytes() == (packed / name).read_bytes() for name in names(packed))
+
+
+def change(copy, name, do):
+    """Change the index of a shard, and what the index of the set says of it."""
+    content = json.loads((copy / name).read_text())
+    do(content)
+    (copy / name).write_text(json.dumps(content))
+    index = json.loads((copy / "index.json").read_text())
+    for entry in index["shards"]:
+        entry["index_sha256"] = sha256(copy / f"{entry['name']}.json")
+    (copy / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (lambda shard: shard.pop("samples"), "KeyError: 'samples'"),
+        (lambda shard: shard["samples"][0].pop("files"), "KeyError: 'files'"),
+        (lambda shard: shard["samples"][0].update(times=[0.5]), "frames, their times and the sound do not belong"),
+        (lambda shard: shard["samples"][0].update(label=12), "a label that is none of the 0 classes"),
+        (lambda shard: shard["samples"][0].update(id=3), "an id or extra facts that are none"),
+        (lambda shard: shard["samples"][0]["files"][0].__setitem__(0, 10**9), "a file outside of the shard"),
+        (lambda shard: shard["samples"][0]["files"][0].__setitem__(0, 10**30), "OverflowError: "),
+        (lambda shard: shard["samples"][0]["times"].__setitem__(0, float("nan")), "or a time that is none"),
+    ],
+)
+def test_an_index_that_pack_does_not_write_is_refused(copy, do, message):
+    change(copy, "00001.json", do)
+    with pytest.raises(data.LayoutError, match=rf"00001\.json: not the index of a shard \(.*{message}"):
+        data.Shards(copy)
+
+
+def test_more_members_than_a_shard_may_have_are_refused(copy, monkeypatch):
+    monkeypatch.setattr(shards_module, "MEMBERS", 20)
+    with pytest.raises(data.LayoutError, match="more than the 20 files that a shard may have"):
         data.Shards(copy)
 
 

@@ -1,0 +1,29 @@
+"""What a file may ask of this machine: more pixels, hertz, windows or decoding are refused, with the remedy."""
+
+from avfusion.media.clip import ClipError
+
+PIXELS = 2**26  # of a frame or a picture: twice those of 8K video
+SECONDS = 3600.0  # decoded for one window: from the keyframe before it, or the file's beginning, on
+RATE = 768_000  # Hz, of sound
+KERNEL = 2**27  # weights of a filter that resamples: rates that have no common divisor need gigabytes of them
+WINDOWS = 1_000_000  # of a file
+
+
+def check_pixels(path: str, width: int, height: int) -> None:
+    if width * height > PIXELS:
+        raise ClipError(path, "video", f"{width} x {height} pixels, more than {PIXELS:,}: scale it down")
+
+
+def check_rates(path: str, rate: int, sample_rate: int, divisor: int) -> None:
+    """Of a sound that is resampled; `divisor` is the greatest that the rates have in common."""
+    if not 0 < rate <= RATE or (rate // divisor) * (sample_rate // divisor) > KERNEL:
+        raise ClipError(
+            path, "audio", f"{rate} Hz cannot be resampled to {sample_rate} Hz here: convert it to 48000 Hz"
+        )
+
+
+def check_decoded(path: str, stream: str, seconds: float) -> None:
+    """Of what lies between a window and where it can be decoded from."""
+    if seconds > SECONDS:
+        raise ClipError(path, stream, f"{seconds:.0f} s lie between a keyframe and a window, more than {SECONDS:.0f}: "
+                                      "convert it, with keyframes each few seconds")  # fmt: skip
