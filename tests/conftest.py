@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as what a shell runs in
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("faults")
+    group.addoption("--seed", type=int, default=0, help="of what faults do at random (default: 0)")
+    group.addoption("--minutes", type=float, default=0.0, help="of fuzzing, shared by all targets (-m fuzz)")
+    group.addoption("--summary", type=Path, help="file for what -m chaos or -m fuzz has found: JSON, and .md beside it")
+
+
+ROWS = []  # of the summary
+
+
+def pytest_runtest_logreport(report):
+    """Called for the tests of all processes in the first."""
+    if report.when == "call":
+        ROWS.extend(value for name, value in report.user_properties if name == "row")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--summary", None)
+    if path and "PYTEST_XDIST_WORKER" not in os.environ:
+        from summary import write
+
+        write(path, session.config, ROWS)
 
 
 def pytest_collection_modifyitems(items):

@@ -33,7 +33,7 @@ class Workers:
     """
 
     def __init__(self, wanted: int):
-        self.count = wanted if wanted and _can_share() else 0
+        self.count = wanted if wanted and _can_share(wanted) else 0
         self.table = RawArray("q", [-1] * (2 * wanted)) if self.count else []  # process and item of each
 
     def started(self, worker: int) -> None:
@@ -66,9 +66,10 @@ class Workers:
 
 
 @cache
-def _can_share() -> bool:
-    try:
-        torch.multiprocessing.get_context().Queue().close()
+def _can_share(workers: int) -> bool:
+    try:  # a loader has a queue for each, and some of its own
+        queues = [torch.multiprocessing.get_context().Queue() for _ in range(workers + 3)]
+        del queues
     except OSError as error:
         warnings.warn(f"processes can share nothing here ({why(error)}): this one reads for itself, which is slower; "
                       "give it a /dev/shm that can be written", stacklevel=4)  # fmt: skip

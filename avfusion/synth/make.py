@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -101,12 +102,27 @@ def _in_processes(task: Callable[[int], None], indices: list[int], workers: int)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         try:
-            yield from pool.map(task, indices, chunksize=4)
+            with _without_ctrl_c():
+                done = pool.map(task, indices, chunksize=4)
+            yield from done
         except BrokenProcessPool as error:
             raise BrokenProcessPool("a worker was killed, out of memory perhaps: use fewer --workers and run it again, "
                                     "it goes on where it stopped") from error  # fmt: skip
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started here leave Ctrl-C to their parent from their first moment on."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

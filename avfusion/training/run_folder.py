@@ -185,7 +185,8 @@ def save_checkpoint(
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             save_tensors(part / FILES[0], weights, {"config": json.dumps(asdict(model.encoder.config))})
-            torch.save(state, part / FILES[1])
+            with open(part / FILES[1], "wb") as file:  # to a name, torch would not say why it cannot write
+                torch.save(state, file)
             write_json(part / MANIFEST, {"sha256": {name: sha256(part / name) for name in FILES}})
             for file in part.iterdir():  # on the disk before the name is
                 with open(file, "rb+") as opened:
@@ -193,7 +194,8 @@ def save_checkpoint(
             os.replace(part, path)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
-            raise RunError(f"{path}: cannot be written ({why(error)}); the last good checkpoint is "
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise RunError(f"{path}: cannot be written ({why(cause)}); the last good checkpoint is "
                            f"{last_of(out)}. Make room, then --resume") from error  # fmt: skip
         for old in sorted(path.parent.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
@@ -224,7 +226,7 @@ def load_checkpoint(
         raise ValueError(f"{path}: cannot be resumed ({reason}): it is damaged, or of another model; remove it to "
                          "go on from the one before") from error  # fmt: skip
     for group, options in zip(optimizer.param_groups, own, strict=True):
-        group |= options
+        group |= options | {"betas": tuple(group["betas"])} if "betas" in group else options
     for moments in optimizer.state.values():
         if isinstance(moments.get("step"), torch.Tensor):
             moments["step"] = moments["step"].cpu()
