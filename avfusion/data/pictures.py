@@ -60,7 +60,8 @@ def avsbench(root: Path, split: str | None) -> Table:
 def _classes(path: Path) -> dict[str, int]:
     """The numbers of classes in masks."""
     index = read_json(path)
-    numbers = sorted(index.values()) if isinstance(index, dict) else []
+    numbers = list(index.values()) if isinstance(index, dict) else []
+    numbers = sorted(numbers) if all(type(number) is int for number in numbers) else []
     if not numbers or numbers[0] not in (0, 1) or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise LayoutError(f"{path}: expected class names and the numbers from 0 or from 1 on, each once")
     return {name: number - numbers[0] for name, number in index.items()}
@@ -128,7 +129,7 @@ def _stills(layout: str, root: Path, split: str | None, name: str, boxes: Callab
         if len(files) > 1:
             raise LayoutError(f"{files[0]}, {files[1].name}: two lists of the split {part}; keep one of them there")
         if files:
-            with open(files[0], encoding="utf-8-sig") as file:
+            with open(files[0], encoding="utf-8-sig", errors="replace") as file:
                 columns = "id,class" if "," in file.readline() else "id"
             lists[part] = [(where, plain_name(key, where), *rest)
                            for where, (key, *rest) in csv_rows(files[0], columns, loose=True)]  # fmt: skip
@@ -166,7 +167,7 @@ def _flickr_boxes(path: Path) -> list[tuple[Box, bool]]:
             [int(box.findtext(corner)) / FLICKR_SIZE for corner in ("xmin", "ymin", "xmax", "ymax")]
             for box in ElementTree.parse(path).getroot().iter("bbox")
         ]
-    except (ParseError, DefusedXmlException) as error:
+    except (ParseError, DefusedXmlException, LookupError) as error:  # of an encoding that is none
         raise LayoutError(f"{path}: no well-formed annotation: {error}") from error
     except (TypeError, ValueError):
         raise LayoutError(f"{path}: a bbox without the whole numbers xmin, ymin, xmax, ymax") from None

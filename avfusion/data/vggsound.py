@@ -126,10 +126,11 @@ def vggsound_instruments(root: Path, split: str | None) -> Table:
 def read_vggss(path: Path) -> list[tuple[str, str, str, tuple]]:
     """What vggss.json says: where an entry is, its file, its class and its boxes, cut to the picture."""
     facts, cut = [], 0
-    for number, entry in enumerate(read_json(path)):
+    entries = read_json(path)
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         where = f"{path}: entry {number}"
         try:
-            key, label, boxes = entry["file"], entry["class"], entry["bbox"]
+            key, label, boxes = str(entry["file"]), str(entry["class"]), list(entry["bbox"])
         except (TypeError, KeyError):
             raise LayoutError(f"{where}: expected an object with file, class and bbox") from None
         boxes = [clipped_box(box, where) for box in boxes]

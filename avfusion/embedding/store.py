@@ -21,6 +21,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from avfusion.common import why
 from avfusion.files import Held, InUse, sorted_header, write_json, writing
 from avfusion.media.clip import ClipError
 from avfusion.remote import filesystem, is_remote
@@ -100,8 +101,8 @@ def read_rows(path: str, columns: Sequence[str] | None = None) -> tuple[Rows, di
         files, name = filesystem(path)
         with files.open(name, "rb") as file:
             return (_read_parquet if path.endswith(".parquet") else _read_safetensors)(file, columns)
-    except (OSError, ValueError, KeyError, TypeError, struct.error, safetensors.SafetensorError) as error:
-        raise StoreError(f"{path}: not features that avfusion wrote ({type(error).__name__}: {error})") from error
+    except Exception as error:  # whatever readers make of a file that is none
+        raise StoreError(f"{path}: not features that avfusion wrote ({why(error)})") from error
 
 
 def _read_parquet(file, columns: Sequence[str] | None) -> tuple[Rows, dict[str, Any]]:

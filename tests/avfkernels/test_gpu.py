@@ -118,6 +118,20 @@ def test_batch_entries_without_a_pair_are_zero(backend, interaction):
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_tokens_may_hold_nan(backend, interaction):
+    options, results = {"interaction": interaction} | masks_for(2, 19, 49), []
+    for value in (0.0, float("nan")):
+        tensors = inputs(2, 3, 16, 19, 49)
+        for x, name in zip(tensors[1:], ("mask1", "mask1", "mask2", "mask2"), strict=True):
+            x.masked_fill_(~options[name][:, None, :, None], value)
+        tensors = [x.requires_grad_() for x in tensors]
+        skip_unless_it_runs(backend, tensors, **options)
+        results.append(with_gradients(backend, tensors, **options))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("interaction", INTERACTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_slices_of_a_packed_projection(backend, interaction):
     packed = [torch.randn(2, n, 3, 4, 16, device="cuda", dtype=torch.bfloat16) for n in (16, 37, 50)]
     views = [packed[i][:, :, part].transpose(1, 2) for i, part in ((0, 0), (1, 1), (1, 2), (2, 1), (2, 2))]

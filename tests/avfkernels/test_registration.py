@@ -199,8 +199,10 @@ def test_compiled_code_follows_the_override():
 @pytest.mark.parametrize("interaction", ["sum", "product"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("backend", ["reference", "eager", None])
 def test_bug_what_hidden_tokens_hold_reached_results_as_0_times_nan(backend, dtype, dropout_p, interaction, bad, mask):
+    if backend == "eager" and dropout_p:
+        pytest.skip("it drops no pairs")
     n, keys = (9, 1) if mask == "mask1" else (14, 3)
     keep = torch.arange(n).expand(2, n) % 3 != 1
     options = {"scale": 0.25, "interaction": interaction, "dropout_p": dropout_p, "seed": 3, "return_lse": True}

@@ -150,8 +150,8 @@ def test_a_full_disk(given, name, tmp_path):
     else:
         place = tmp_path / "disk"
         place.mkdir()
-        # A checkpoint, and not a second one; more than half of the rest.
-        script = FULL.format(small=max(size * (12 if name in TRAINING else 6) // 10, 16), place=place, out=place / "out", kept=out,
+        small = size * (12 if name in TRAINING else 6) // 10  # a checkpoint, and not a second one
+        script = FULL.format(small=max(small, 16), place=place, out=place / "out", kept=out,
                              again=" ".join(command.again))  # fmt: skip
         code, told = run(["unshare", "-m", "bash", "-c", script, "--", *command.arguments(place / "out")])
     said_plainly(code, told, (1, 2))
