@@ -4,6 +4,12 @@
 test *args:
     pytest -n logical {{ args }}
 
+# Faults done to running commands; changed files and arguments; the kernels under sanitizers
+faults minutes="30":
+    pytest -m chaos -n logical --summary bench/results/chaos.json
+    pytest -m fuzz --minutes {{ minutes }} --summary bench/results/fuzz.json
+    pytest tests/avfkernels/test_sanitizer.py
+
 # Format, lint, types
 check:
     ruff format . && ruff check . && mypy

@@ -2,17 +2,14 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from made_clips import noise, write_clip
@@ -287,25 +284,6 @@ def start(arguments, **options):
     command = [sys.executable, "-m", "avfusion", *arguments, "--threads", "1"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             start_new_session=True, **options)  # fmt: skip
-
-
-# Processes of their own, which start torch.
-def test_killed_at_random_it_ends_with_the_same_rows(made, whole, tmp_path):
-    out, chance = tmp_path / "f", random.Random(0)
-    for _ in range(3):
-        process = start(line(made, out, "--workers", 1, "--shard-rows", 1))
-        deadline = time.monotonic() + 60
-        while not (out / "_manifest.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.4))
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    (out / ".000-000009.parquet.1.part").write_bytes(b"half")  # as one that is killed while it writes leaves it
-    assert main(line(made, out, "--shard-rows", 1)) == 3
-    assert_same_rows(Features.load(out), Features.load(whole))
-    assert not list(out.glob(".*.part"))
 
 
 def test_a_full_disk_loses_nothing(made, whole, tmp_path):

@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -141,35 +140,6 @@ def command(config, *options):
         else:
             words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return ["pretrain", "tiny", *words, *map(str, options)]
-
-
-# A process of its own, which starts torch and takes four steps.
-def test_killed_while_it_computes_and_resumed_by_the_command_line(config, undisturbed, tmp_path):
-    config, out = config.but(save_steps=1), tmp_path / "run"
-    line = [sys.executable, "-m", "avfusion", *command(config, "--out", out)]
-    with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-        while process.poll() is None and max(checkpoints(out), default=out).name < "step-00000004":
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert main(command(config, "--out", out, "--resume")) == 0
-    assert_same_run(undisturbed, out)
-
-
-@pytest.mark.slow
-def test_twenty_random_kills_change_no_bit(config, undisturbed, tmp_path):
-    config, out, rng = config.but(save_steps=1), tmp_path / "run", random.Random(0)
-    line = [sys.executable, "-m", "avfusion", *command(config, "--out", out, "--resume")]
-    for kill in range(20):
-        wanted = f"step-{min(1 + kill // 3, STEPS - 1):08d}"
-        with subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
-            while process.poll() is None and max(checkpoints(out), default=out).name < wanted:
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.2))  # anywhere in a step or a save
-            process.kill()
-        assert process.returncode == -signal.SIGKILL, kill
-    assert main(command(config, "--out", out, "--resume")) == 0
-    assert_same_run(undisturbed, out)
 
 
 def test_sigterm_saves_and_ends_and_the_run_goes_on(config, undisturbed, tmp_path, monkeypatch):
