@@ -2,7 +2,8 @@
 
 `avfusion embed` and `avfusion pretrain tiny`, side by side, each with a worker, for so many minutes. Every five seconds
 the processes of each are asked for memory that is theirs alone (that of libraries depends on who else has loaded
-them), descriptors, threads and segments of shared memory. What an hour adds is a line through the samples after the first third.
+them), descriptors, threads and segments of shared memory. What an hour adds is a line through the samples after the
+first third.
 """
 
 from __future__ import annotations

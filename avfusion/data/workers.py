@@ -101,28 +101,37 @@ def batches(loader: DataLoader, workers: Workers, name: Callable[[int], str], ti
                 raise
             closing = 0.0 if isinstance(error, RuntimeError) else 5.0  # it has died while it was handing tensors over
             dead = workers.held_by_dead(closing)
-            if dead is None and "timed out" in str(error) and (waited := waited + LOOK) < timeout:
+            if dead is None and _looked(error) and (waited := waited + LOOK) < timeout:
                 continue
-            raise _explained(error, dead, workers, name, waited) from error
+            told = _explained(error, dead, workers, name, waited)
+            if told is None:
+                raise
+            raise RuntimeError(told) from error
         if batch is each:
             return
         waited = 0.0
         yield batch
 
 
+def _looked(error: Exception) -> bool:
+    """Whether the loader has only waited for `LOOK` seconds; it can be asked again."""
+    return str(error).startswith("DataLoader timed out after")
+
+
 def _explained(
     error: Exception, dead: list[int] | None, workers: Workers, name: Callable[[int], str], waited: float
-) -> Exception:
+) -> str | None:
+    """What an error of a loader means; None where it tells that itself."""
     if dead is not None:
-        return RuntimeError(f"a worker has died while it was reading {', '.join(map(name, dead)) or 'nothing yet'} "
-                            f"({why(error)}); where memory ran out, take fewer workers")  # fmt: skip
-    if "timed out" in str(error):
-        return RuntimeError(f"the {workers.count} workers have given nothing for {waited:.0f} s (--loader-timeout); "
-                            f"they are at {', '.join(map(name, workers.at_hand())) or 'nothing yet'}. Where that is "
-                            "slow to be read, allow more; else what they have printed says what failed")  # fmt: skip
+        return (f"a worker has died while it was reading {', '.join(map(name, dead)) or 'nothing yet'} "
+                f"({why(error)}); where memory ran out, take fewer workers")  # fmt: skip
+    if _looked(error):
+        return (f"the {workers.count} workers have given nothing for {waited:.0f} s (--loader-timeout); they are at "
+                f"{', '.join(map(name, workers.at_hand())) or 'nothing yet'}. Where that is slow to be read, allow "
+                "more; else what they have printed says what failed")  # fmt: skip
     if "Too many open files" in str(error) or "ancdata" in str(error):
-        return RuntimeError(f"too many files are open ({why(error)}): allow more by ulimit -n, or take fewer workers")
-    return error
+        return f"too many files are open ({why(error)}): allow more by ulimit -n, or take fewer workers"
+    return None
 
 
 def _iterator(loader: DataLoader) -> Iterator:

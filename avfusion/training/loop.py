@@ -203,7 +203,8 @@ def check_folder(task: Task, out: Path, resume: bool) -> Path | None:
     if not resume:
         raise ValueError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
     check_resumable(task.config, out, task.name)
-    return latest_checkpoint(out, aside=not distributed.rank())
+    # The first process has put aside what is damaged, when the others come here.
+    return max(checkpoints(out)) if distributed.rank() else latest_checkpoint(out, aside=True)
 
 
 def check_writable(out: Path) -> None:

@@ -85,6 +85,22 @@ def test_a_worker_that_gives_nothing_ends_the_run_with_what_it_is_at(monkeypatch
     assert found == [0, 1, 2, 3, 4]
 
 
+class Unlucky(Stuck):
+    def __getitem__(self, index):
+        if index == 2:
+            raise OSError("the read timed out")
+        return index
+
+
+def test_what_times_out_in_a_worker_is_its_error_and_no_wait(monkeypatch):
+    """A batch would be lost without a word."""
+    workers = Workers(1)
+    each = batches(reading(Unlucky(workers), workers, batch_size=None), workers, str, 60.0)
+    assert [next(each), next(each)] == [0, 1]
+    with pytest.raises(OSError, match="the read timed out"):
+        next(each)
+
+
 class Slow(Stuck):
     def __getitem__(self, index):
         torch.multiprocessing.get_context().Event().wait(0.5)

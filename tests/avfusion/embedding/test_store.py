@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from avfusion import DeepAVFusion, EncoderConfig, Features, save_encoder
 from avfusion.cli import main
 from avfusion.embedding import store as stores
-from avfusion.embedding.store import DTYPES, FACTS, Store, StoreError, parts, read_manifest, shards
+from avfusion.embedding.store import DTYPES, FACTS, Store, StoreError, parts, read_manifest, read_rows, shards
 from avfusion.files import write_json
 
 CONFIG = EncoderConfig(dim=32, depth=1, num_heads=2, image_size=(32, 48), audio_size=(32, 64), fusion="dense")
@@ -284,6 +284,28 @@ def start(arguments, **options):
     command = [sys.executable, "-m", "avfusion", *arguments, "--threads", "1"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             start_new_session=True, **options)  # fmt: skip
+
+
+def test_rot_inside_features_is_told_with_the_file(tmp_path):
+    store = Store(tmp_path, MADE)
+    store.add(rows(*(("a", window, 300) for window in range(300))))
+    store.close()
+    (path,) = map(Path, shards(tmp_path))
+    whole = path.read_bytes()
+    expected = [x.tolist() for x in read_rows(str(path))[0].values()]
+    found = []
+    for at in range(100, len(whole) - 2000, len(whole) // 40):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        found.append(read_or_refused(path))
+    assert all(told is None or told == expected for told in found)  # the same where a byte counts for nothing
+    assert found.count(None) > 5
+
+
+def read_or_refused(path):
+    try:
+        return [x.tolist() for x in read_rows(str(path))[0].values()]
+    except StoreError:
+        return None
 
 
 def test_a_full_disk_loses_nothing(made, whole, tmp_path):
