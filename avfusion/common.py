@@ -1,7 +1,10 @@
-"""What every part uses: names that are not known, errors in a line, fields with help, progress."""
+"""What every part uses: names that are not known, errors in a line, fields with help, progress, workers' ends."""
 
 import difflib
+import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import field
@@ -21,6 +24,16 @@ def unknown(what: str, name: object, options: Iterable[str]) -> str:
     options = list(map(str, options))
     some = f"one of {', '.join(options)}" if len(options) > 1 else "".join(options)
     return f"{what}={name!r}: expected {some}{meant(name, options)}"
+
+
+def end_with_parent() -> None:
+    """Called in a worker process: it ends when its parent does, however that ends, and whatever it waits for."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def why(error: BaseException) -> str:

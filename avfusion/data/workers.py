@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from avfusion.common import why
+from avfusion.common import end_with_parent, why
 
 LOOK = 5.0  # seconds from one look at whether workers live to the next
 TIMEOUT = 120.0  # seconds without a batch that end a run
@@ -39,6 +39,7 @@ class Workers:
     def started(self, worker: int) -> None:
         """Called in each, with its number."""
         self.table[2 * worker] = os.getpid()
+        end_with_parent()  # torch's own wait for what they have read to be taken
 
     def reads(self, item: int) -> None:
         """Called in each, as it begins with an item."""

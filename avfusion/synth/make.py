@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avfusion.common import Progress, unknown
+from avfusion.common import Progress, end_with_parent, unknown
 from avfusion.files import write_json, writing
 from avfusion.synth.layouts import LAYOUTS, annotations, clip_files, scene
 from avfusion.synth.render import mp4, render_frames, render_sources
@@ -128,9 +127,4 @@ def _without_ctrl_c() -> Iterator[None]:
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and let no worker outlive a parent that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()

@@ -124,7 +124,11 @@ def stop(process: psutil.Popen, *, all_of_it: bool = True) -> None:
     """SIGKILL to it, or to all of its group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL) if all_of_it else process.kill()
-    process.communicate()
+    try:  # what they have printed is whole when none lives
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"its workers outlive it: {process.args}") from None
 
 
 def at_work(process: psutil.Popen, out: Path, chance: random.Random, within: float = 1.0) -> bool:

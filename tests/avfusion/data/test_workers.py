@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -83,6 +84,29 @@ def test_a_worker_that_gives_nothing_ends_the_run_with_what_it_is_at(monkeypatch
     with pytest.raises(RuntimeError, match=r"2 workers have given nothing for 1 s .--loader-timeout.; they .*clip 5"):
         next(each)
     assert found == [0, 1, 2, 3, 4]
+
+
+ORPHANS = """
+import os, signal
+from avfusion.data.workers import Workers, batches, reading
+
+class Large(list):  # more than a pipe holds, which no one empties
+    def __getitem__(self, index):
+        return bytes(1_000_000)
+
+workers = Workers(2)
+each = batches(reading(Large(range(100)), workers, batch_size=None), workers, str, 60)
+next(each), next(each)
+print(*workers.table[::2], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_bug_workers_outlived_a_process_that_was_killed():
+    done = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=120)
+    pids = list(map(int, done.stdout.split()))
+    assert len(pids) == 2
+    assert not psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)[1]
 
 
 class Unlucky(Stuck):
