@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -126,12 +127,13 @@ class InUse(RuntimeError):
 class Held:
     """A folder for one process at a time, until `release`, or the end of the process, whatever that is.
 
-    Also a context. Raises InUse, naming the holder, where another has it, or this one already.
+    Half files that a process before has left there, or in the folders of it that are named, are removed. Also a
+    context. Raises InUse, naming the holder, where another has it, or this one already.
     """
 
     folders: ClassVar[set[Path]] = set()  # of this process: to itself, the system would give it twice
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, *inside: str):
         self.folder = Path(folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         path, own = self.folder / ".lock", self.folder in self.folders
@@ -140,6 +142,8 @@ class Held:
             holder = "this process" if own else _text(path) or "another process"
             raise InUse(f"{folder}: in use by {holder}: wait until it ends, or write to another folder")
         self.folders.add(self.folder)
+        for part in (part for name in ("", *inside) for part in (self.folder / name).glob(".*.part")):
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         if fcntl is not None:
             self.file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", file=self.file, flush=True)

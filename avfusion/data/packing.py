@@ -116,8 +116,6 @@ def pack(
     parts = [clips[at : at + clips_per_shard] for at in range(0, len(clips), clips_per_shard)]
     workers = Workers(num_workers)
     with Held(out):
-        for part in out.glob(".*.part"):  # of a call that was killed
-            part.unlink()
         done = [_finished(out / f"{number:05d}.json", made) for number in range(len(parts))]
         todo = [index for part, shard in zip(parts, done, strict=True) if not shard for index in part]
         # batch_size None: one clip after the other, in the order of the sampler

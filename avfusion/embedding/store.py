@@ -14,7 +14,6 @@ import re
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -215,8 +214,6 @@ class Store:
                 self.lock = Held(self.out)
             except InUse as error:
                 raise StoreError(str(error)) from None
-            for part in Path(self.out).glob(".*.part"):  # of a run that was killed
-                part.unlink()
         if (found := read_manifest(self.out)) is not None:
             self._compare(found["made"])
         elif rank == 0:

@@ -92,7 +92,7 @@ def train(
     """
     out, device = Path(out), distributed.start(device)
     check_writable(out)
-    with nullcontext() if distributed.rank() else Held(out):
+    with nullcontext() if distributed.rank() else Held(out, "checkpoints", "pictures"):
         return _train(task, out, resume, device)
 
 

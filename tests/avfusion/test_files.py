@@ -40,6 +40,16 @@ def test_a_folder_is_of_one_process_until_that_dies(tmp_path):
     Held(tmp_path).release()
 
 
+def test_half_files_of_a_process_before_are_removed(tmp_path):
+    """They are only its own: what is deeper, or of another name, stays."""
+    for name in (".a.json.1.part", "pictures/.b.png.2.part", "checkpoints/.step-1.part/x", "c.part", "other/.d.3.part"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    Held(tmp_path, "pictures", "checkpoints", "nowhere").release()
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".lock", "c.part", "other/.d.3.part"]
+
+
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     def none(*args):
         raise OSError(38, "Function not implemented")
