@@ -95,7 +95,7 @@ def kills(given, count):
     judge("SIGKILL", hit)
 
 
-@some("pretrain", "embed")
+@some("pretrain", "shard")
 def test_one_kill(given, name):
     kills(given, 1)
 
@@ -107,7 +107,8 @@ def test_many_kills(given, name):
 
 
 @some("finetune")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.chaos)],
+                         ids=["SIGINT", "SIGTERM"])  # fmt: skip
 def test_signals_that_end_it(given, name, number):
     command, out, chance, judge = given
     process = start(command.arguments(out))
@@ -136,7 +137,7 @@ exit $code
 """
 
 
-@some("pretrain")
+@some("shard")
 def test_a_full_disk(given, name, tmp_path):
     """It fills while the command writes; with more room the same command goes on."""
     command, out, _, judge = given
@@ -168,7 +169,7 @@ def test_few_descriptors(given, name):
     judge("40 descriptors", 1, told)
 
 
-@some("embed", names=("pretrain", "finetune", "embed", "shard"))
+@some("shard", names=("pretrain", "finetune", "embed", "shard"))
 def test_little_shared_memory(given, name):
     """As in tests/avfusion/data/test_workers.py, but so little that processes cannot even be started."""
     if not MAY_MOUNT:
@@ -181,7 +182,7 @@ def test_little_shared_memory(given, name):
     judge("16 kB of shared memory", 1, told)
 
 
-@some("embed")
+@some("shard")
 def test_a_killed_worker(given, name):
     command, out, chance, judge = given
     process = start(command.arguments(out))
@@ -209,7 +210,7 @@ def line(process):
         return []
 
 
-@some("embed")
+@some("shard")
 def test_two_at_once(given, name):
     """One goes on and the other is told who has the folder; both make a synthetic set, of the same files."""
     command, out, _, judge = given
@@ -233,7 +234,7 @@ time.time = lambda: real() - (86400 if real() - began > {after} else 0)
 """
 
 
-@some("synth")
+@some("shard")
 def test_the_clock_is_set_back(given, name, tmp_path):
     """By a day, while it works."""
     command, out, _, judge = given
