@@ -69,8 +69,8 @@ class Workers:
 @cache
 def _can_share(workers: int) -> bool:
     try:  # a loader has a queue for each, and some of its own
-        queues = [torch.multiprocessing.get_context().Queue() for _ in range(workers + 3)]
-        del queues
+        found = [torch.multiprocessing.get_context().Queue() for _ in range(workers + 3)], RawArray("q", 2 * workers)
+        del found
     except OSError as error:
         warnings.warn(f"processes can share nothing here ({why(error)}): this one reads for itself, which is slower; "
                       "give it a /dev/shm that can be written", stacklevel=4)  # fmt: skip

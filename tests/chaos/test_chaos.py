@@ -143,15 +143,15 @@ def test_a_full_disk(given, name, tmp_path):
     command, out, _, judge = given
     probe = tmp_path / "probe"
     assert run(command.arguments(probe))[0] == 0
-    size = sum(path.stat().st_blocks // 2 for path in probe.rglob("*") if path.is_file())
+    sizes = [path.stat().st_blocks // 2 for path in probe.rglob("*") if path.is_file()]  # kB
     shutil.rmtree(probe)
     if not MAY_MOUNT:
-        largest = 2000 if name in TRAINING else 2  # kB: a checkpoint is larger, or a shard
+        largest = max(sizes) * 3 // 4 if name in TRAINING else 2
         code, told = run(["bash", "-c", f'ulimit -f {largest}; exec "$@"', "--", *command.arguments(out)])
     else:
         place = tmp_path / "disk"
         place.mkdir()
-        small = size * (12 if name in TRAINING else 6) // 10  # a checkpoint, and not a second one
+        small = sum(sizes) * (12 if name in TRAINING else 6) // 10  # a checkpoint, and not a second one
         script = FULL.format(small=max(small, 16), place=place, out=place / "out", kept=out,
                              again=" ".join(command.again))  # fmt: skip
         code, told = run(["unshare", "-m", "bash", "-c", script, "--", *command.arguments(place / "out")])
