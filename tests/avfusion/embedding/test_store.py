@@ -286,6 +286,15 @@ def start(arguments, **options):
                             start_new_session=True, **options)  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "safetensors", "npy"])
+def test_features_are_saved_as_the_same_bytes(whole, tmp_path, suffix):
+    features, found = Features.load(whole), set()
+    for number in range(6):
+        features.save(tmp_path / f"{number}.{suffix}")
+        found.add((tmp_path / f"{number}.{suffix}").read_bytes())
+    assert len(found) == 1
+
+
 def test_rot_inside_features_is_told_with_the_file(tmp_path):
     store = Store(tmp_path, MADE)
     store.add(rows(*(("a", window, 300) for window in range(300))))
