@@ -1,15 +1,16 @@
 """Long work on small data: is what it takes flat? `python -m bench.endure` writes bench/results/endure.{json,md,png}.
 
 `avfusion embed` and `avfusion pretrain tiny`, side by side, each with a worker, for so many minutes. Every five seconds
-the processes of each are asked for memory that is theirs alone (that of libraries depends on who else has loaded
-them), descriptors, threads and segments of shared memory. What an hour adds is a line through the samples after the
-first third.
+the processes of each are asked for memory that they have allocated (`RssAnon`: that of libraries depends on who else has
+loaded them), descriptors, threads and segments of shared memory. What an hour adds is a line through the samples after
+the first third.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,12 +38,13 @@ def sample(process: psutil.Process) -> dict[str, float]:
     found = dict.fromkeys(MEASURES, 0.0)
     for each in [process, *process.children(recursive=True)]:
         try:
-            found["memory"] += each.memory_full_info().uss / 2**20
+            status = Path(f"/proc/{each.pid}/status").read_text()
+            found["memory"] += int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
             found["descriptors"] += each.num_fds()
             found["threads"] += each.num_threads()
             found["shared memory"] += len({m.path for m in each.memory_maps() if "/torch_" in m.path})
             found["processes"] += 1
-        except psutil.Error:  # it has just ended
+        except (psutil.Error, OSError, TypeError):  # it has just ended
             continue
     return found
 
