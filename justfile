@@ -6,8 +6,8 @@ test *args:
 
 # Faults done to running commands; changed files and arguments; the kernels under sanitizers
 faults minutes="30":
-    pytest -m chaos -n logical --dist load --summary bench/results/chaos.json
-    pytest -m fuzz --minutes {{ minutes }} --summary bench/results/fuzz.json
+    pytest -m chaos -n logical --dist load --summary=bench/results/chaos.json
+    pytest -m fuzz --minutes={{ minutes }} --summary=bench/results/fuzz.json
     pytest tests/avfkernels/test_sanitizer.py
 
 # Format, lint, types

@@ -1,9 +1,9 @@
 """Long work on small data: is what it takes flat? `python -m bench.endure` writes bench/results/endure.{json,md,png}.
 
 `avfusion embed` and `avfusion pretrain tiny`, side by side, each with a worker, for so many minutes. Every five seconds
-the processes of each are asked for memory that they have allocated (`RssAnon`: that of libraries depends on who else has
-loaded them), descriptors, threads and segments of shared memory. What an hour adds is a line through the samples after
-the first third.
+the processes of each are asked for memory that they have allocated (`RssAnon`: that of libraries depends on who else
+has loaded them), descriptors, threads and segments of shared memory. What an hour adds is a line through the samples
+after the first third.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Faults of all kinds, done to running commands: nothing hangs, is lost or differs by a bit from an undisturbed run.
 
-    pytest -m chaos -n logical --dist load --seed 1 --summary chaos.json
+    pytest -m chaos -n logical --dist load --seed=1 --summary=chaos.json
 
 Without `-m chaos` one fault of each kind is done to one command. A fault that this machine does not allow (file systems
 of a test's own need the right to mount) is done by limits instead, or skipped.

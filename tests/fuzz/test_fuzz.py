@@ -1,6 +1,6 @@
 """What reads files of strangers, and the kernels, on the corpus; and, for as long as is given, on what it changes into.
 
-pytest -m fuzz --minutes 10 --summary fuzz.json
+pytest -m fuzz --minutes=10 --summary=fuzz.json
 """
 
 import re
@@ -33,7 +33,7 @@ def test_fuzz(name, tmp_path, request, record_property):
         pytest.skip("there is no Atheris")
     minutes, seed = request.config.getoption("--minutes"), request.config.getoption("--seed")
     if not minutes:
-        pytest.skip("give --minutes N")
+        pytest.skip("give --minutes=N")
     seconds = max(round(minutes * 60 / len(TARGETS)), 1)
     (tmp_path / "new").mkdir()
     line = [sys.executable, Path(__file__).with_name("fuzz.py"), name, tmp_path / "new", CORPUS / name,
