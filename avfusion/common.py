@@ -3,10 +3,12 @@
 import difflib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,19 @@ def unknown(what: str, name: object, options: Iterable[str]) -> str:
     options = list(map(str, options))
     some = f"one of {', '.join(options)}" if len(options) > 1 else "".join(options)
     return f"{what}={name!r}: expected {some}{meant(name, options)}"
+
+
+@contextmanager
+def without_signals(*numbers: int) -> Iterator[None]:
+    """Processes that are started here never see these signals: what terminals and schedulers send is their parent's."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent() -> None:

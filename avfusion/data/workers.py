@@ -4,6 +4,7 @@ What a worker has read goes to the process that wants it through shared memory. 
 with 64 MB of it, or cannot be had, it goes through a pipe, which is slower.
 """
 
+import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -20,10 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from avfusion.common import end_with_parent, why
+from avfusion.common import end_with_parent, why, without_signals
 
 LOOK = 5.0  # seconds from one look at whether workers live to the next
 TIMEOUT = 120.0  # seconds without a batch that end a run
+
+
+TABLES: list[Any] = []  # of all Workers of this process
 
 
 class Workers:
@@ -35,6 +39,7 @@ class Workers:
     def __init__(self, wanted: int):
         self.count = wanted if wanted and _can_share(wanted) else 0
         self.table = RawArray("q", [-1] * (2 * wanted)) if self.count else []  # process and item of each
+        TABLES.append(self.table)
 
     def started(self, worker: int) -> None:
         """Called in each, with its number."""
@@ -64,6 +69,20 @@ class Workers:
             living = {child.pid for child in multiprocessing.active_children()}
         dead = [item for pid, item in workers.items() if pid not in living]
         return [item for item in dead if item >= 0] if dead else None
+
+
+def kill(table: Iterable[int]) -> None:
+    """Ends what lives of the workers of a table. They know no SIGTERM, by which torch ends those that hang."""
+    pids = set(table[::2])
+    for child in multiprocessing.active_children():
+        if child.pid in pids:
+            child.kill()
+
+
+@atexit.register  # after those of multiprocessing, so before them: they wait for every child
+def _kill_all() -> None:
+    for table in TABLES:
+        kill(table)
 
 
 @cache
@@ -105,6 +124,7 @@ def batches(loader: DataLoader, workers: Workers, name: Callable[[int], str], ti
             if dead is None and _looked(error) and (waited := waited + LOOK) < timeout:
                 continue
             told = _explained(error, dead, workers, name, waited)
+            kill(workers.table)
             if told is None:
                 raise
             raise RuntimeError(told) from error
@@ -141,7 +161,8 @@ def _iterator(loader: DataLoader) -> Iterator:
     It raises wherever this process is, and names no clip: a death is found where a batch is missing.
     """
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    each = iter(loader)
+    with without_signals(signal.SIGINT, signal.SIGTERM):
+        each = iter(loader)
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return each

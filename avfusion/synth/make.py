@@ -7,14 +7,13 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from avfusion.common import Progress, end_with_parent, unknown
+from avfusion.common import Progress, end_with_parent, unknown, without_signals
 from avfusion.files import write_json, writing
 from avfusion.synth.layouts import LAYOUTS, annotations, clip_files, scene
 from avfusion.synth.render import mp4, render_frames, render_sources
@@ -101,7 +100,7 @@ def _in_processes(task: Callable[[int], None], indices: list[int], workers: int)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         try:
-            with _without_ctrl_c():
+            with without_signals(signal.SIGINT):
                 done = pool.map(task, indices, chunksize=4)
             yield from done
         except BrokenProcessPool as error:
@@ -109,19 +108,6 @@ def _in_processes(task: Callable[[int], None], indices: list[int], workers: int)
                                     "it goes on where it stopped") from error  # fmt: skip
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Processes that are started here leave Ctrl-C to their parent from their first moment on."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

@@ -50,12 +50,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Stop:
-    """Notes SIGTERM and SIGINT (Ctrl-C), while it is entered, instead of ending the process; a second Ctrl-C ends it.
+    """Notes SIGTERM and SIGINT (Ctrl-C) while it is entered, and ends nothing; but for a second Ctrl-C."""
 
-    Workers of loaders inherit that and live.
-    """
-
-    received, owner = 0, os.getpid()  # the number of the signal; the process that it ends
+    received = 0  # the number of the signal
 
     def __enter__(self):
         self.received = 0
@@ -66,10 +63,10 @@ class _Stop:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if self.received == number == signal.SIGINT and os.getpid() == self.owner:
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        if number == signal.SIGINT and os.getpid() == self.owner and not distributed.rank():
+        if number == signal.SIGINT and not distributed.rank():
             os.write(2, b"\nstops after this step and saves it; Ctrl-C again ends it at once\n")  # print may be at work
 
 

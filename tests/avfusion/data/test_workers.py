@@ -109,6 +109,51 @@ def test_bug_workers_outlived_a_process_that_was_killed():
     assert not psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)[1]
 
 
+SIGNALLED = """
+import os, signal, time
+from avfusion.data.workers import Workers, batches, reading
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.signal(signal.SIGINT, lambda *_: None)
+
+class Slow(list):
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return index
+
+workers = Workers(2)
+for number in batches(reading(Slow(range(12)), workers, batch_size=None), workers, str, 60):
+    print(number, flush=True)
+    os.killpg(0, signal.SIGTERM if number % 2 else signal.SIGINT)
+"""
+
+
+def test_bug_a_scheduler_that_signals_all_processes_killed_the_workers():
+    """The first has handled it by then, and cannot go on to the end of its step."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=120,
+                          start_new_session=True)  # fmt: skip
+    assert done.stdout.split() == list(map(str, range(12))), done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+HANGS = """
+import time
+from avfusion.data import workers as module
+module.LOOK = 0.2
+class Stuck(list):
+    def __getitem__(self, index):
+        time.sleep(3600)
+workers = module.Workers(2)
+next(module.batches(module.reading(Stuck(range(9)), workers, batch_size=None), workers, str, 0.5))
+"""
+
+
+def test_what_hangs_is_not_waited_for_at_the_end():
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "have given nothing for" in done.stderr
+
+
 class Unlucky(Stuck):
     def __getitem__(self, index):
         if index == 2:
