@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from avfusion.media.clip import ClipError
-from avfusion.media.limits import check_decoded, check_pixels, check_rates
+from avfusion.media.limits import check_decoded, check_pixels, check_rates, check_times
 from avfusion.media.windows import Span, reflect, span_to_resample
 from avfusion.remote import is_remote, open_remote
 
@@ -86,6 +86,7 @@ class Streams:
         for kind in self.streams:
             if kind not in self.extent:
                 raise ClipError(path, kind, "it is empty: fetch or export the clip again")
+            check_times(path, kind, *self.extent[kind])
         if self.still:
             (v_begin, v_end), (a_begin, a_end) = self.extent["video"], self.extent["audio"]
             self.extent["video"] = min(v_begin, a_begin), max(v_end, a_end)

@@ -83,6 +83,13 @@ def test_windows_of_a_file_that_says_it_lasts_for_ever(tmp_path, monkeypatch):
         list(read_windows(path, Plan(every=0.5)))
 
 
+def test_timestamps_of_ages(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4")
+    monkeypatch.setattr(limits, "MOMENT", 3)
+    with refused("it lasts from 0 s to 4 s: its timestamps are damaged, export the clip again"):
+        read_clip(path)
+
+
 def test_sound_that_is_read_whole(tmp_path):
     soundfile.write(tmp_path / "a.wav", torch.zeros(8000 * 3).numpy(), 8000)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
@@ -103,7 +110,7 @@ def test_every_limit_is_documented():
     text = (Path(__file__).parents[3] / "docs/promises.md").read_text()
     for module in (limits, files, shards):
         for name in vars(module):
-            if re.fullmatch("PIXELS|SECONDS|RATE|KERNEL|WINDOWS|JSON_BYTES|XML_BYTES|MEMBERS", name):
+            if re.fullmatch("PIXELS|SECONDS|MOMENT|RATE|KERNEL|WINDOWS|JSON_BYTES|XML_BYTES|MEMBERS", name):
                 assert f"{getattr(module, name):,}".removesuffix(".0") in text, name
 
 
