@@ -27,7 +27,7 @@ LOOK = 5.0  # seconds from one look at whether workers live to the next
 TIMEOUT = 120.0  # seconds without a batch that end a run
 
 
-TABLES: list[Any] = []  # of all Workers of this process
+TABLES: list[tuple[int, Any]] = []  # of all Workers, with the process that they are of
 
 
 class Workers:
@@ -39,7 +39,7 @@ class Workers:
     def __init__(self, wanted: int):
         self.count = wanted if wanted and _can_share(wanted) else 0
         self.table = RawArray("q", [-1] * (2 * wanted)) if self.count else []  # process and item of each
-        TABLES.append(self.table)
+        TABLES.append((os.getpid(), self.table))
 
     def started(self, worker: int) -> None:
         """Called in each, with its number."""
@@ -79,10 +79,11 @@ def kill(table: Iterable[int]) -> None:
             child.kill()
 
 
-@atexit.register  # after those of multiprocessing, so before them: they wait for every child
+@atexit.register  # registered after multiprocessing's own, it runs before that, which waits for every child
 def _kill_all() -> None:
-    for table in TABLES:
-        kill(table)
+    for owner, table in TABLES:
+        if owner == os.getpid():  # and not one that was forked from it
+            kill(table)
 
 
 @cache
@@ -124,7 +125,8 @@ def batches(loader: DataLoader, workers: Workers, name: Callable[[int], str], ti
             if dead is None and _looked(error) and (waited := waited + LOOK) < timeout:
                 continue
             told = _explained(error, dead, workers, name, waited)
-            kill(workers.table)
+            if dead is None and _looked(error):  # they hang
+                kill(workers.table)
             if told is None:
                 raise
             raise RuntimeError(told) from error
