@@ -28,7 +28,7 @@ examples:
   torchrun --nproc-per-node 8 -m avfusion pretrain paper-vggsound --data /data/vggsound --out runs/vggsound --resume
   avfusion export runs/vggsound
 
-A run is a folder: run.json (settings, code, data), checkpoints/, evaluations.csv and .png, pictures/,
+A run is a folder: run.json (settings, code, data), checkpoints/, evaluations.csv, log.jsonl, run.html, pictures/,
 TensorBoard's logs, failed.jsonl and skipped.jsonl. After Ctrl-C, SIGTERM or a crash, the same command with --resume
 goes on.
 exit status: 0 finished, 1 the run had to end, 2 usage error, 130 or 143 stopped by Ctrl-C or SIGTERM, saved

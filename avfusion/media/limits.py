@@ -1,5 +1,7 @@
 """What a file may ask of this machine: more pixels, hertz, windows or decoding are refused, with the remedy."""
 
+import math
+
 from avfusion.media.clip import ClipError
 
 PIXELS = 2**26  # of a frame or a picture: twice those of 8K video
@@ -21,8 +23,9 @@ def check_times(path: str, stream: str, begin: float, end: float) -> None:
                                       "the clip again")  # fmt: skip
 
 
-def check_rates(path: str, rate: int, sample_rate: int, divisor: int) -> None:
-    """Of a sound that is resampled; `divisor` is the greatest that the rates have in common."""
+def check_rates(path: str, rate: int, sample_rate: int) -> None:
+    """Of a sound that is resampled."""
+    divisor = math.gcd(rate, sample_rate)
     if not 0 < rate <= RATE or (rate // divisor) * (sample_rate // divisor) > KERNEL:
         raise ClipError(
             path, "audio", f"{rate} Hz cannot be resampled to {sample_rate} Hz here: convert it to 48000 Hz"

@@ -1,7 +1,6 @@
 """Clips that are no video files: a sound file, and pictures taken at known times of it."""
 
 import bisect
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,7 +74,7 @@ def _pictures(path: Path) -> tuple[list[float], list[Path]]:
 
 def _sound(path: str, samples: np.ndarray, rate: int, sample_rate: int) -> Tensor:
     """[samples, channels] at one rate -> mono at another, [1, samples] in [-1, 1]."""
-    check_rates(path, rate, sample_rate, math.gcd(rate, sample_rate))
+    check_rates(path, rate, sample_rate)
     waveform = torch.from_numpy(samples).mean(1)[None]
     if not waveform.isfinite().all():
         raise ClipError(path, "audio", "the samples are not finite: export the clip again")
@@ -107,7 +106,7 @@ def _window_of_sound(path: str, audio: Path | BinaryIO, window: Window) -> tuple
     try:
         with soundfile.SoundFile(audio) as sound:
             rate, length = sound.samplerate, sound.frames / sound.samplerate
-            check_rates(path, rate, window.sample_rate, math.gcd(rate, window.sample_rate))
+            check_rates(path, rate, window.sample_rate)
             if not length:
                 raise ClipError(path, "audio", "it is empty: fetch or export the clip again")
             first, (moment,) = window.place(path, (0.0, length), (0.0, length))

@@ -200,7 +200,7 @@ class Streams:
         Each is [1, samples].
         """
         rate, (sounds_from, sounds_until) = self.streams["audio"].rate, self.extent["audio"]
-        check_rates(self.path, rate, sample_rate, math.gcd(rate, sample_rate))
+        check_rates(self.path, rate, sample_rate)
         held: deque[tuple[int, np.ndarray]] = deque()  # what is decoded and still needed, with its first sample
         decoded, reached = None, None  # up to which sample it is
         for first in firsts:

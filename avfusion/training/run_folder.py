@@ -5,7 +5,7 @@ checkpoints/step-00001200/      model.safetensors; state.pt: optimizer, place in
                                 the digests of both
 log.jsonl                       losses and speed on the way; that it runs, ended, or why it failed
 skipped.jsonl                   steps whose loss or gradient was not finite
-evaluations.csv, .png           what evaluations on the way have found
+evaluations.csv                 what evaluations on the way have found
 run.html                        all of that as a page, with the best and the worst clips
 """
 
